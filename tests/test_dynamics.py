@@ -1,0 +1,408 @@
+"The world model: shapes, seeds, players that do not touch one another, a state that holds, files, commands, and the shipped model."
+import argparse
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lwm_course import course, data, dynamics
+from lwm_course.dynamics import (Dynamics, DynamicsConfig, Moment, Recipe, TokenClips, WorldModel, action_response, corrupt, dynamics_loss,
+                                 log_probs, mse, next_frame, own_prediction)
+from lwm_course.tokenizer import MODELS, Tokenizer, TokenizerConfig
+
+PONG, FREEWAY = "ALE/Pong-v5", "ALE/Freeway-v5"
+GAMES = {PONG: ("NOOP", "FIRE", "RIGHT", "LEFT"), FREEWAY: ("NOOP", "UP", "DOWN")}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def small(**options):
+    "A configuration of a few thousand weights, for frames of 64 pixels."
+    return DynamicsConfig(**{**dict(games=GAMES, grid=8, codebook=40, token_width=8, width=64, depth=2, head_depth=1, attention_heads=2),
+                             **options})
+
+
+def small_world(seed=0, **options):
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(TokenizerConfig(frame_size=64, levels=(8, 5), encoder_width=32, encoder_depth=1, width=32, depth=1))
+    return WorldModel(tokenizer, Dynamics(small(**options))).ready("cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return small_world()
+
+
+def play_of(players=3, frames=5, seed=0):
+    "Random pictures, and keys that every game has."
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (players, frames, 64, 64, 3), np.uint8), rng.integers(0, 3, (players, frames - 1))
+
+
+def close(a, b):
+    "Frames that agree but for rounding to uint8."
+    return a.shape == b.shape and (a.int() - b.int()).abs().max() <= 1
+
+
+# Network
+
+def test_every_weight_learns_and_config_survives_json():
+    torch.manual_seed(0)
+    net = Dynamics(small())
+    batch = {"tokens": torch.randint(40, (2, 7, 8, 8)), "actions": torch.randint(3, (2, 7)), "game": torch.tensor([0, 1])}
+    loss, parts = dynamics_loss(net, batch, 401)        # a step with the model's own predictions in the context
+    loss.backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
+    assert {"gate", "naming", "right", "found"} <= set(parts) and all(math.isfinite(v) for v in parts.values())
+    again = DynamicsConfig(**json.loads(json.dumps(dynamics.asdict(net.config))))
+    assert again == net.config
+
+
+def test_grouping_loses_nothing():
+    net, tokens = Dynamics(small()), torch.randint(40, (2, 3, 8, 8))
+    assert net.pack(tokens).shape == (2, 3, 16, 32)
+    assert torch.equal(net.unpack(net.pack(tokens)), net.embed(tokens))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_reading_at_once_equals_reading_frame_by_frame(every):
+    torch.manual_seed(0)
+    net = Dynamics(small(temporal_every=every)).eval()
+    for p in net.parameters(): torch.nn.init.normal_(p, std=0.2) if p.ndim > 1 else None
+    tokens, keys, game, state = torch.randint(40, (2, 40, 8, 8)), torch.randint(3, (2, 40)), torch.tensor([1, 0]), None
+    with torch.no_grad():
+        features, last = net.look(tokens, keys, game)
+        for t in range(40):
+            one, state = net.look(tokens[:, t:t + 1], keys[:, t:t + 1], game, state)
+            assert torch.allclose(one[:, 0], features[:, t], atol=1e-4, rtol=1e-4)
+        half, middle = net.look(tokens[:, :17], keys[:, :17], game)
+        rest, _ = net.look(tokens[:, 17:], keys[:, 17:], game, middle)
+    assert torch.allclose(rest, features[:, 17:], atol=1e-4, rtol=1e-4)
+    remembered = [(a, b) for s, m in zip(state, last) if m is not None for a, b in zip(s, m)]
+    assert remembered and all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in remembered)
+
+
+def test_every_key_and_every_game_counts():
+    torch.manual_seed(0)
+    net, tokens = Dynamics(small()).eval(), torch.randint(40, (1, 1, 8, 8))
+    game, mask = torch.tensor([0]), torch.full((1, 1, 8, 8), 40)
+    features, _ = net.look(tokens, torch.zeros(1, 1, dtype=torch.long), game)
+    gates = [net.predict(features, tokens, mask, torch.tensor([[key]]), game)[1] for key in (-1, 0, 1, 2, 3)]
+    gates.append(net.predict(features, tokens, mask, torch.tensor([[0]]), torch.tensor([1]))[1])
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(gates) for b in gates[:i])
+
+
+def test_log_probs_is_the_mixture():
+    net, out, gate, tokens = Dynamics(small()), torch.randn(2, 8, 8, 8), torch.randn(2, 8, 8), torch.randint(40, (2, 8, 8))
+    stays = gate.sigmoid()[..., None]
+    expected = stays * torch.nn.functional.one_hot(tokens, 40) + (1 - stays) * net.vocabulary(out).softmax(-1)
+    assert torch.allclose(log_probs(net, out, gate, tokens).exp(), expected, atol=1e-6)
+    assert torch.isfinite(log_probs(net, out, gate + 80, tokens)).all()
+
+
+def test_corruption_keeps_to_its_level_and_to_the_tokens_of_the_batch():
+    torch.manual_seed(0)
+    tokens = torch.arange(8)[:, None, None, None] * 5 + torch.zeros(8, 6, 8, 8, dtype=torch.long)
+    before = tokens.clone()
+    seen = corrupt(tokens, 0.4)
+    assert torch.equal(tokens, before) and torch.equal(corrupt(tokens, 0.0), tokens) and torch.isin(seen, tokens).all()
+    assert 0 < (seen != tokens).float().mean() < 0.25    # at most half of the replaced ones come from elsewhere, all at a level below 0.4
+
+
+def test_own_prediction_is_what_play_would_show(world):
+    frames, keys = play_of(2, 6)
+    tokens = world.tokenizer.encode(torch.as_tensor(frames).flatten(0, 1)).unflatten(0, (2, 6))
+    held = torch.cat([torch.zeros(2, 1, dtype=torch.long), torch.as_tensor(keys), torch.zeros(2, 1, dtype=torch.long)], 1)
+    own = own_prediction(world.dynamics, tokens, held, torch.tensor([0, 1]))
+    state = world.start(frames[:, :5], keys[:, :4], [PONG, FREEWAY])
+    played = world.next_tokens(state, torch.as_tensor(keys[:, 4]))
+    assert torch.equal(own[:, 0], tokens[:, 0]) and (own[:, 5] == played).float().mean() > 0.99
+
+
+# Play
+
+def test_shapes_and_surface(world):
+    frames, keys = play_of()
+    state = world.start(frames, keys, PONG, seed=1)
+    assert state.players == 3 and state.seeds.tolist() == [1, 2, 3] and state.frame.tolist() == [0, 0, 0]
+    frame, after = world.step(state, [0, 1, 3])
+    assert frame.shape == (3, 64, 64, 3) and frame.dtype == torch.uint8 and after.frame.tolist() == [1, 1, 1]
+    assert world.games == [PONG, FREEWAY] and world.actions(FREEWAY) == ["NOOP", "UP", "DOWN"] and world.frame_size == (64, 64)
+    log = world.logits(state, [0, 1, 3])
+    assert log.shape == (3, 8, 8, 40) and torch.allclose(log.exp().sum(-1), torch.ones(3, 8, 8), atol=1e-4)
+
+
+def test_one_picture_is_enough(world):
+    frames, _ = play_of(1, 1)
+    state = world.start(frames, np.zeros((1, 0), np.int64), FREEWAY)
+    for _ in range(3): frame, state = world.step(state, 1)
+    assert frame.shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("temperature, refine", [(0.0, 1), (1.0, 1), (0.7, 4)])
+def test_same_seed_same_frames(world, temperature, refine):
+    frames, keys = play_of()
+    def game(seed):
+        state, shown = world.start(frames, keys, PONG, seed), []
+        for t in range(4):
+            frame, state = world.step(state, [t % 4, 0, 3], temperature, refine)
+            shown.append(frame)
+        return torch.stack(shown)
+    assert torch.equal(game(5), game(5))
+    assert torch.equal(game(5), game(6)) == (temperature == 0)
+
+
+@pytest.mark.parametrize("temperature, refine", [(0.0, 1), (1.0, 1), (1.0, 3)])
+def test_players_do_not_touch_one_another(world, temperature, refine):
+    frames, keys = play_of()
+    together = world.start(frames, keys, [PONG, FREEWAY, PONG], seed=[7, 8, 9])
+    alone = world.start(frames[1:2], keys[1:2], FREEWAY, seed=[8])
+    for t in range(4):
+        many, together = world.step(together, [3, t % 3, 1], temperature, refine)
+        one, alone = world.step(alone, [t % 3], temperature, refine)
+        assert torch.equal(together.tokens[1], alone.tokens[0]) and close(many[1], one[0])
+
+
+def test_an_old_state_stays_valid(world):
+    frames, keys = play_of()
+    state = world.start(frames, keys, PONG, seed=3)
+    first, after = world.step(state, [1, 2, 3], temperature=1.0)
+    for _ in range(3): _, after = world.step(after, [0, 0, 0], temperature=1.0)
+    assert torch.equal(world.step(state, [1, 2, 3], temperature=1.0)[0], first) and state.frame.tolist() == [0, 0, 0]
+
+
+def test_reset_touches_the_masked_only(world):
+    frames, keys = play_of()
+    state = world.start(frames, keys, [PONG, FREEWAY, PONG], seed=[1, 2, 3])
+    for _ in range(3): _, state = world.step(state, [1, 1, 1], temperature=1.0)
+    new_frames, new_keys = play_of(1, 5, seed=9)
+    reset = world.reset_players(state, torch.tensor([False, True, False]), new_frames, new_keys)
+    fresh = world.start(new_frames, new_keys, FREEWAY, seed=[2])
+    assert reset.frame.tolist() == [3, 0, 3] and state.frame.tolist() == [3, 3, 3]
+    for _ in range(2):
+        shown, reset = world.step(reset, [2, 2, 2], temperature=1.0)
+        expected, state = world.step(state, [2, 2, 2], temperature=1.0)
+        alone, fresh = world.step(fresh, [2], temperature=1.0)
+        assert close(shown[[0, 2]], expected[[0, 2]]) and close(shown[1], alone[0])
+
+
+def test_what_stays_keeps_its_pixels(world):
+    frames, keys = play_of()
+    state = world.start(frames, keys, PONG)
+    assert torch.equal(world.show(state, state.tokens), state.pixels)
+    tokens = state.tokens.clone()
+    tokens[0, 2, 3] = (tokens[0, 2, 3] + 1) % 40
+    differs = (world.show(state, tokens) != state.pixels).any(-1)
+    assert not differs[1:].any() and not differs[0, :16].any() and not differs[0, 24:].any() and not differs[0, :, 32:].any()
+
+
+def test_state_does_not_grow(world):
+    frames, keys = play_of(1)
+    state = world.start(frames, keys, PONG)
+    size = lambda s: sum(t.numel() for block in s.blocks for t in block)
+    before = size(state)
+    for _ in range(5): _, state = world.step(state, [0])
+    assert size(state) == before
+
+
+def test_draw_follows_the_odds():
+    odds = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    drawn = WorldModel.draw(odds.log().expand(1000, 4), (torch.arange(1000) + 0.5) / 1000)
+    assert torch.allclose(torch.bincount(drawn, minlength=4) / 1000, odds, atol=0.002)
+
+
+# Refusals
+
+def refused(call, *words):
+    with pytest.raises(ValueError) as caught: call()
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_messages_say_what_is_wrong(world):
+    frames, keys = play_of()
+    state = world.start(frames, keys, [PONG, FREEWAY, PONG])
+    refused(lambda: world.start(frames, keys, "ALE/Pnog-v5"), "Pnog", "ALE/Pong-v5")
+    refused(lambda: world.actions("ALE/Frreway-v5"), "ALE/Freeway-v5")
+    refused(lambda: world.step(state, [0, 3, 0]), FREEWAY, "0..2")
+    refused(lambda: world.step(state, [0, -1, 0]), "0..2")
+    refused(lambda: world.step(state, [0, 0]), "3 players", "2")
+    refused(lambda: world.start(frames, keys + 3, PONG), "0..3")
+    refused(lambda: world.start(frames, keys[:, :2], PONG), "(3, 4)", "(3, 2)")
+    refused(lambda: world.start(frames[:, :, :32], keys, PONG), "64")
+    refused(lambda: world.start(frames.astype(np.float32), keys, PONG), "uint8")
+    refused(lambda: world.start(frames[0], keys, PONG), "(B, T, H, W, 3)")
+    refused(lambda: world.start(frames, keys, [PONG, PONG]), "3 players")
+    refused(lambda: world.step(state, [0, 0, 0], temperature=-0.1), "temperature")
+    refused(lambda: world.step(state, [0, 0, 0], refine=0), "refine")
+    refused(lambda: world.clip(PONG), "no start clips")
+    refused(lambda: small(grid=9), "multiple")
+    refused(lambda: WorldModel(world.tokenizer, Dynamics(small(codebook=41))), "not trained together")
+
+
+# Files
+
+def test_float16_on_disk_changes_nearly_nothing(world, tmp_path):
+    world.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    loaded = WorldModel.from_pretrained(tmp_path / "half", "cpu", "float32")
+    frames, keys = play_of(8)
+    tokens = [w.next_tokens(w.start(frames, keys, PONG), torch.zeros(8, dtype=torch.long)) for w in (world, loaded)]
+    assert (tokens[0] == tokens[1]).float().mean() > 0.95
+    assert loaded.games == world.games and loaded.dynamics.config == world.dynamics.config
+
+
+def test_a_damaged_file_is_named(world, tmp_path):
+    world.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model.safetensors"): WorldModel.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"): WorldModel.from_pretrained(tmp_path)
+
+
+def test_token_clips_are_the_same_for_the_same_step(tmp_path):
+    for seed in range(4):
+        split = data.split_of(seed)
+        path = data.episode_path(tmp_path, PONG, seed, "mixed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokens = np.arange(30, dtype=np.uint16)[:, None, None] + np.zeros((30, 8, 8), np.uint16)
+        with open(path, "wb") as file: np.savez(file, tokens=tokens, actions=np.arange(30))
+    clips = TokenClips(tmp_path, [PONG], lengths=(4, 8), batch=2, split=split)
+    one, two = clips(1), clips(1)
+    assert one["tokens"].shape == (2, 9, 8, 8) and clips(2)["tokens"].shape[1] == 5
+    assert all(torch.equal(one[k], two[k]) for k in one) and not torch.equal(one["tokens"], clips(3)["tokens"])
+    assert torch.equal(one["tokens"][:, :, 0, 0], one["actions"])          # the key that led to a frame stands beside it
+    refused(lambda: TokenClips(tmp_path, [PONG], lengths=(40,), split=split), PONG, "40")
+    refused(lambda: TokenClips(tmp_path, [FREEWAY], split=split), FREEWAY)
+
+
+# Measures
+
+class Copier:
+    "Shows its last frame again."
+    def start(self, frames, actions, game): return torch.from_numpy(frames[:, -1])
+    def step(self, state, keys): return state, state
+
+
+class Oracle:
+    "Knows the futures of one moment."
+    def __init__(self, moment): self.moment = moment
+    def start(self, frames, actions, game): return 0
+    def step(self, state, keys): return torch.from_numpy(self.moment.futures[keys, state]), state + 1
+
+
+def moment_of(groups, horizon=3):
+    "A moment whose futures are noise, the same for actions of one group."
+    rng = np.random.default_rng(0)
+    futures = rng.integers(0, 256, (len(groups), horizon, 8, 8, 3)).astype(np.uint8)
+    return Moment(rng.integers(0, 256, (2, 8, 8, 3)).astype(np.uint8), np.zeros(1, np.int64), futures[groups], np.array(groups))
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 2], [0, 1, 2, 3], [0, 0, 0, 3, 3, 5]])
+def test_action_response_of_an_oracle_and_of_a_copier(groups):
+    moment = moment_of(groups)
+    assert action_response(Oracle(moment), moment, PONG) == (1.0, 1 / len(set(groups)))
+    share, chance = action_response(Copier(), moment, PONG)
+    assert math.isclose(share, chance)
+
+
+def test_next_frame_puts_copying_and_the_ceiling_beside_the_model(world):
+    frames, keys = play_of(2, 6)
+    frames[:, 1:] = frames[:, :1]
+    frames[:, 3:, 20:30, 20:30] = 255
+    rows = next_frame(world, {"frames": frames, "actions": keys}, PONG, context=3)
+    copying = np.mean([mse(frames[:, t], frames[:, t - 1]) for t in (3, 4, 5)], 0)
+    assert rows["model"].shape == (2,) and np.allclose(rows["copy"], copying) and (rows["copy"] > 0).all()
+    assert set(rows) >= {"model", "copy", "ceiling", "tokenizer", "changed", "changed_copy"}
+
+
+def test_recipe_switches_change_the_loss():
+    torch.manual_seed(0)
+    net = Dynamics(small())
+    batch = {"tokens": torch.randint(40, (2, 5, 8, 8)), "actions": torch.randint(3, (2, 5)), "game": torch.tensor([0, 1])}
+    def loss(recipe, keys):
+        torch.manual_seed(1)
+        return dynamics_loss(net, {**batch, "actions": keys}, 0, recipe)[0]
+    other = (batch["actions"] + 1) % 3
+    blind, seeing = Recipe(action_dropout=1.0), Recipe(action_dropout=0.0)
+    assert torch.equal(loss(blind, batch["actions"]), loss(blind, other))          # the key is hidden
+    assert not torch.equal(loss(seeing, batch["actions"]), loss(seeing, other))
+
+
+# Commands
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["eval", "--model", "nanno"], 1, ["nanno"]),
+    (["eval", "--split", "train"], 2, ["train"]),
+    (["eval", "--clips", "many"], 2, ["many"]),
+    (["bench", "--model", "no/such/folder"], 1, ["no/such/folder"]),
+    (["bench", "--players", "two"], 2, ["two"]),
+    (["train", "--games", "ALE/Pnog-v5"], 1, ["ALE/Pong-v5"]),
+    (["train", "--minutes", "soon"], 2, ["soon"]),
+    (["train", "--episodes", "0"], 1, ["episodes"]),
+    (["train", "--minutes", "0"], 1, ["minutes"]),
+])
+def test_commands_refuse_in_one_line(arguments, code, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert course.main(arguments) == code
+    message = capsys.readouterr().err.strip()
+    assert all(word in message for word in words) and "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []       # refused before anything is made
+
+
+def test_commands_name_the_damaged_model(world, tmp_path, capsys):
+    world.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    assert course.main(["bench", "--model", str(tmp_path)]) == 1
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_every_command_has_its_options():
+    for command in (dynamics.train_command, dynamics.eval_command, dynamics.bench_command):
+        parser = argparse.ArgumentParser()
+        command(parser)
+        assert callable(parser.get_default("run")) and "--json" in parser.format_help()
+
+
+# The shipped model
+
+@pytest.fixture(scope="module")
+def nano():
+    assert (MODELS / "nano" / "config.json").is_file(), f"the shipped model is missing: {MODELS / 'nano'}"
+    return WorldModel.from_pretrained("nano")
+
+
+def test_shipped_model_is_small_and_has_its_papers(nano):
+    files = [path for path in nano.folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    for place in (nano.folder, nano.folder / "tokenizer"):
+        assert {"seconds", "parameters", "seed", "data_hash"} <= set(json.loads((place / "ledger.json").read_text()))
+    card = (nano.folder / "README.md").read_text(encoding="utf-8")
+    assert all(game in card for game in nano.games) and "skill" in card
+
+
+def test_shipped_model_knows_four_games_or_more_and_their_actions(nano):
+    assert len(nano.games) >= 4 and min(nano.frame_size) >= 128 and nano.fps == 15
+    for game in nano.games:
+        assert nano.actions(game) == data.Environment(game).actions and nano.actions(game)[0] == "NOOP"
+
+
+def test_shipped_clips_load_and_belong_to_the_test_split(nano):
+    for game in nano.games:
+        assert len(nano.clip_names(game)) >= 4
+        for i in range(len(nano.clip_names(game))):
+            frames, keys = nano.clip(game, i)
+            assert frames.shape[1:] == (*nano.frame_size, 3) and frames.dtype == np.uint8 and keys.shape == (len(frames) - 1,)
+            assert data.split_of(nano.clip_episode(game, i).seed) == "test"
+
+
+def test_shipped_model_plays_every_game_in_one_batch(nano):
+    clips = [nano.clip(game) for game in nano.games]
+    frames, keys = np.stack([f[-16:] for f, _ in clips]), np.stack([k[-15:] for _, k in clips])
+    state = nano.start(frames, keys, nano.games)
+    for t in range(6): shown, state = nano.step(state, [min(t, len(nano.actions(game)) - 1) for game in nano.games])
+    assert shown.shape == (len(nano.games), *nano.frame_size, 3)
+    for before, now in zip(frames[:, -1], shown.cpu().numpy()):     # the same game, still: most of the picture stands
+        assert (before == now).all(-1).mean() > 0.6
