@@ -13,6 +13,7 @@ __all__ = ['NANO', 'NANO_GAMES', 'CURRICULUM', 'DynamicsConfig', 'Film', 'Spatia
 # %% ../nbs/07_dynamics.ipynb #b45fd891
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -776,11 +777,14 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
                    config: training.TrainConfig,  # how long, how fast
                    curriculum: dict[int, Recipe] = CURRICULUM,  # first step -> how to train from there on
                    size: dict | None = None,      # of the network; None: `NANO`
+                   start: Dynamics | None = None, # trained before on the same games: go on from its weights, with the curriculum's last recipe
                    quiet: bool = False     # show nothing
                    ) -> Dynamics:
     "Train the dynamics on tokens; continues an interrupted run."
     torch.manual_seed(config.seed)
-    model = Dynamics(DynamicsConfig(games, tokenizer.grid[0], tokenizer.codebook_size, **(size or NANO)))
+    model = start or Dynamics(DynamicsConfig(games, tokenizer.grid[0], tokenizer.codebook_size, **(size or NANO)))
+    model.requires_grad_(True)      # a loaded one is frozen
+    if start: curriculum = {0: replace(curriculum[max(curriculum)], self_from=0)}
     clips = TokenClips(tokens, list(games), batch=len(games), seed=config.seed)
     held = TokenClips(tokens, list(games), batch=len(games), split="val", seed=config.seed)
     recipe_at = lambda step: curriculum[max(first for first in curriculum if first <= step)]
@@ -808,6 +812,11 @@ def save_clips(folder: str | Path,  # of the model
             data.write_episode(Path(folder) / "clips" / data.slug(game) / f"{i}.npz", episode)
 
 # %% ../nbs/07_dynamics.ipynb #63b52973
+def _runs_of(ledger: dict) -> list[dict]:
+    "The ledgers of a run and of those it went on from, the first one first."
+    return [*(_runs_of(ledger["start"]) if "start" in ledger else []), ledger]
+
+
 def model_card(figures: list[course.Figure],  # of `evaluate`
                ledgers: dict[str, dict]       # part of the model -> ledger of its run
                ) -> str:                      # Markdown
@@ -822,8 +831,10 @@ def model_card(figures: list[course.Figure],  # of `evaluate`
              "## Held-out figures", "", "In brackets: the baseline, a model that shows its last frame again (for `action_response`: chance).", "",
              "| game | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {game} | " + " | ".join(cell(find(game, name)) for name in names) + " |" for game in games]
-    lines += ["", "## How it was made", "", "| | " + " | ".join(ledgers) + " |", "|---" * (len(ledgers) + 1) + "|"]
-    row = lambda title, value: lines.append(f"| {title} | " + " | ".join(str(value(x)) for x in ledgers.values()) + " |")
+    runs = {part: _runs_of(ledger) for part, ledger in ledgers.items()}
+    parts = {part + f", run {i}" * (len(all_of) > 1): run for part, all_of in runs.items() for i, run in enumerate(all_of, 1)}
+    lines += ["", "## How it was made", "", "| | " + " | ".join(parts) + " |", "|---" * (len(parts) + 1) + "|"]
+    row = lambda title, value: lines.append(f"| {title} | " + " | ".join(str(value(x)) for x in parts.values()) + " |")
     row("parameters", lambda x: f"{x['parameters'] / 1e6:.2f}M")
     row("steps", lambda x: x["steps"])
     row("minutes", lambda x: f"{x['seconds'] / 60:.1f}")
@@ -846,20 +857,29 @@ def train(args) -> None:
     play = Path(args.play)
     print(f"1/5 play: {args.episodes} episodes of each of {len(games)} games -> {play}")
     data.collect(games, play, episodes=args.episodes, workers=args.workers, seed=args.seed)
-    print(f"2/5 tokenizer: {minutes(args.tokenizer_minutes):g} minutes -> {out / 'tokenizer'}")
-    options = dict(seed=args.seed, channels_last=True, lr=2e-3, ema=0.99, cost_per_hour=args.cost_per_hour)
-    train_tokenizer(play, games, out / "tokenizer", training.TrainConfig(minutes=minutes(args.tokenizer_minutes), **options))
+    start = WorldModel.from_pretrained(args.start, "cpu", "float32") if args.start else None
+    if start and start.games != games: raise ValueError(f"{args.start} knows {start.games}: --start goes on with the same games in the same order")
+    if start:
+        print(f"2/5 tokenizer: that of {args.start} -> {out / 'tokenizer'}")
+        shutil.copytree(start.folder / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    else:
+        print(f"2/5 tokenizer: {minutes(args.tokenizer_minutes):g} minutes -> {out / 'tokenizer'}")
+        options = dict(seed=args.seed, channels_last=True, lr=2e-3, ema=0.99, cost_per_hour=args.cost_per_hour)
+        train_tokenizer(play, games, out / "tokenizer", training.TrainConfig(minutes=minutes(args.tokenizer_minutes), **options))
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer", args.device)
     print(f"3/5 tokens -> {out / 'tokens'}")
     tokens = tokenize(tokenizer, play, out / "tokens", games)
     print(f"4/5 dynamics: {minutes(args.dynamics_minutes):g} minutes -> {out / 'dynamics'}")
     names = {game: tuple(data.Environment(game).actions) for game in games}
     options = dict(seed=args.seed, lr=args.lr, ema=0.995, weight_decay=0.05, cost_per_hour=args.cost_per_hour)
-    dynamics = train_dynamics(tokens, names, tokenizer, out / "dynamics", training.TrainConfig(minutes=minutes(args.dynamics_minutes), **options))
+    config = training.TrainConfig(minutes=minutes(args.dynamics_minutes), **options)
+    dynamics = train_dynamics(tokens, names, tokenizer, out / "dynamics", config, start=start and start.dynamics)
     model = out / "model"
     print(f"5/5 figures, card -> {model}")
     wm = WorldModel(Tokenizer.from_pretrained(out / "tokenizer", "cpu", "float32"), dynamics.cpu(), model)
     ledgers = {part: json.loads((out / part / "ledger.json").read_text()) for part in ("tokenizer", "dynamics")}
+    if start and (start.folder / "ledger.json").exists():
+        ledgers["dynamics"]["start"] = json.loads((start.folder / "ledger.json").read_text())
     wm.save_pretrained(model, dtype=torch.float16)
     save_clips(model, games, seed=args.seed)
     for part, place in (("dynamics", model), ("tokenizer", model / "tokenizer")):
@@ -885,6 +905,7 @@ def train_command(parser) -> None:
     parser.add_argument("--games", nargs="+", default=NANO_GAMES, help="games to learn (default: the five of the shipped model)")
     parser.add_argument("--episodes", type=int, default=20, help="recorded episodes per game, 68 s each (default: 20)")
     parser.add_argument("--minutes", type=float, default=10, help="training time of each of the two networks (default: 10)")
+    parser.add_argument("--start", help="go on from this model (shipped name, folder or Hub id): its tokenizer, and its dynamics' weights")
     parser.add_argument("--tokenizer-minutes", type=float, help="training time of the tokenizer")
     parser.add_argument("--dynamics-minutes", type=float, help="training time of the dynamics")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the dynamics (default: 0.001)")
