@@ -534,6 +534,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'lwm_course/tokenizer.py'),
                                       'lwm_course.tokenizer.Tokenizer.encode': ( 'tokenizer.html#tokenizer.encode',
                                                                                  'lwm_course/tokenizer.py'),
+                                      'lwm_course.tokenizer.Tokenizer.encode_video': ( 'tokenizer.html#tokenizer.encode_video',
+                                                                                       'lwm_course/tokenizer.py'),
                                       'lwm_course.tokenizer.Tokenizer.forward': ( 'tokenizer.html#tokenizer.forward',
                                                                                   'lwm_course/tokenizer.py'),
                                       'lwm_course.tokenizer.TokenizerConfig': ('tokenizer.html#tokenizerconfig', 'lwm_course/tokenizer.py'),

@@ -301,10 +301,10 @@ def tokenize(tokenizer: Tokenizer,
         if target.exists(): continue
         episode = data.read_episode(path)
         frames = episode.frames
-        parts = [tokenizer.encode(data.resize(frames[i:i + 128], tokenizer.frame_size[0])).cpu() for i in range(0, len(frames), 128)]
+        tokens = tokenizer.encode_video(data.resize(frames, tokenizer.frame_size[0]))
         came_by = np.concatenate([[0], episode.actions])   # the key that led to each frame
         def write(temporary):
-            with open(temporary, "wb") as file: np.savez(file, tokens=torch.cat(parts).numpy().astype(np.uint16), actions=came_by)
+            with open(temporary, "wb") as file: np.savez(file, tokens=tokens.numpy().astype(np.uint16), actions=came_by)
         training.write_atomic(target, write)
     return out
 

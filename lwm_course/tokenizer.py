@@ -336,6 +336,20 @@ class Tokenizer(Pretrained):
         return self.quantizer(self.encoder(to_float(frames.to(device)).to(dtype)))[1]
 
     @torch.inference_mode()
+    def encode_video(self, frames: Tensor | np.ndarray) -> Tensor:  # uint8 (T, H, W, 3), one after another -> int64 (T, h, w)
+        "The tokens of a recording, faster than `encode`: a patch that stays as it was keeps its token."
+        frames, (device, dtype), patch = torch.as_tensor(frames), self._where, self.config.patch
+        check_frames(frames, self.frame_size)
+        changed = torch.ones(len(frames), *self.grid, dtype=torch.bool)
+        changed[1:] = patches_changed(frames[1:], frames[:-1], patch)
+        tiles = frames.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)[changed]   # (N, patch, patch, 3)
+        tokens = torch.zeros(changed.shape, dtype=torch.long)
+        new = [self.quantizer(self.encoder(to_float(part.to(device)).to(dtype)))[1].cpu() for part in tiles.split(8192)]
+        tokens[changed] = torch.cat(new).flatten()
+        latest = torch.where(changed, torch.arange(len(frames))[:, None, None], 0).cummax(0).values    # frame of a patch's last change
+        return tokens.gather(0, latest)
+
+    @torch.inference_mode()
     def decode(self, tokens: Tensor | np.ndarray) -> Tensor:  # int64 (B, h, w) -> uint8 (B, H, W, 3)
         "The frames that tokens stand for."
         tokens, (device, dtype) = torch.as_tensor(tokens), self._where
