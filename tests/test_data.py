@@ -26,6 +26,7 @@ pytest.importorskip("ale_py", reason="needs the games extra")
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT/"data_samples"
 PONG, FREEWAY = "ALE/Pong-v5", "ALE/Freeway-v5"
+LWM = Path(sys.executable).with_name("lwm")     # the environment may not be on the PATH
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 OWN_GAME = '''
@@ -321,9 +322,8 @@ def test_a_person_who_stops_keeps_what_was_played(tmp_path):
 
 
 def test_a_person_at_a_terminal(tmp_path):
-    command = ["lwm"]
     parent, child = pty.openpty()
-    with subprocess.Popen([*command, "data", "record", PONG, "--out", str(tmp_path)], stdin=child, stdout=child, stderr=child,
+    with subprocess.Popen([LWM, "data", "record", PONG, "--out", str(tmp_path)], stdin=child, stdout=child, stderr=child,
                           close_fds=True, start_new_session=True) as process:
         os.close(child)
         seen, deadline = b"", time.monotonic() + 60
@@ -358,7 +358,7 @@ def test_collection_refuses(tmp_path, arguments):
 
 
 def test_kill_9_loses_only_the_running_episodes(tmp_path):
-    command = ["lwm", "data", "collect", PONG, FREEWAY, "--episodes", "40", "--frames", "300", "--workers", "2", "--out", str(tmp_path)]
+    command = [LWM, "data", "collect", PONG, FREEWAY, "--episodes", "40", "--frames", "300", "--workers", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(episodes(tmp_path)) < 3 and time.monotonic() < deadline: time.sleep(0.02)
