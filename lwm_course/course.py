@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['UNITS', 'FASTER', 'BETTER', 'GENRE', 'GATES', 'RANK', 'CHAPTERS', 'MACHINES', 'ALLOWED', 'STOP', 'TAG', 'SOLUTION',
            'PROGRESS_VERSION', 'HOW', 'COMMANDS', 'bootstrap', 'MissingExtra', 'require', 'size', 'pick', 'machine',
-           'Table', 'machine_table', 'slow', 'Figure', 'root', 'home', 'git_revision', 'write_json', 'save_results',
-           'load_results', 'verdict', 'Gate', 'measured', 'judge', 'kind', 'milestone_verdict', 'gate_table', 'gates',
-           'nearest', 'Chapter', 'find_chapter', 'course_table', 'machine_class', 'record_minutes', 'hardware_table',
-           'Budget', 'ledger_cost', 'load_ledgers', 'budget_rows', 'read_notebook', 'tagged', 'stub', 'Exercise',
-           'exercises', 'make_exercise', 'run_cell', 'explain', 'Outcome', 'check_notebook', 'load_progress',
-           'record_progress', 'report', 'narrow', 'report_text', 'report_command', 'exercise_notebooks',
-           'check_chapters', 'next_step', 'failed', 'check_lines', 'check_command', 'command_parser', 'main']
+           'Table', 'machine_table', 'slow', 'Figure', 'root', 'home', 'git_revision', 'atomic', 'write_json',
+           'save_results', 'load_results', 'verdict', 'Gate', 'measured', 'judge', 'kind', 'milestone_verdict',
+           'gate_table', 'gates', 'nearest', 'Chapter', 'find_chapter', 'course_table', 'machine_class',
+           'record_minutes', 'hardware_table', 'Budget', 'ledger_cost', 'load_ledgers', 'budget_rows', 'read_notebook',
+           'tagged', 'stub', 'Exercise', 'exercises', 'make_exercise', 'run_cell', 'explain', 'Outcome',
+           'check_notebook', 'load_progress', 'record_progress', 'report', 'narrow', 'report_text', 'report_command',
+           'exercise_notebooks', 'check_chapters', 'next_step', 'failed', 'check_lines', 'check_command',
+           'command_parser', 'main']
 
 # %% ../nbs/00_start.ipynb #9b5c4201
-import argparse, contextlib, difflib, hashlib, importlib, io, json, os, platform, random, re
+import argparse, contextlib, difflib, errno, hashlib, importlib, io, json, os, platform, random, re
 import shutil, subprocess, sys, tempfile, traceback
 from dataclasses import dataclass, asdict, fields
 from datetime import datetime, timezone
@@ -240,21 +241,30 @@ def git_revision():
     return head.stdout.strip() + ("+dirty" if changed.stdout.strip() else "")
 
 # %% ../nbs/00_start.ipynb #7456231f
+@contextlib.contextmanager
+def atomic(path, # file to write or to replace; its folder is made
+          ):     # a temporary neighbour's path to write to; at the end of the block it takes the name `path`
+    "Write a file so that its name stands for the old content or the new, never for half of it."
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file: os.fsync(file.fileno())  # on the disk before the name points to it
+        os.replace(temporary, path)
+    except OSError as e:
+        reason = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
+        raise OSError(f"Could not write {path}: {reason}. Everything written before is intact; make room or choose another "
+                      "folder, and run the same command again to continue.") from e
+    finally:
+        with contextlib.suppress(OSError): temporary.unlink(missing_ok=True)
+
 def write_json(path, # file to write; its folder is made
                data, # anything `json` can write
               ):
-    "Write JSON so that a reader sees the old file or the new one, never half of one."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    "Write JSON, the whole file or nothing."
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f: f.write(text)
-        os.chmod(temp, 0o644)
-        os.replace(temp, path)
-    except BaseException:
-        Path(temp).unlink(missing_ok=True)
-        raise
+    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8")
 
 # %% ../nbs/00_start.ipynb #bcb32d24
 def _plain(x):

@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['FPS', 'FRAME_SKIP', 'SCRIPTS', 'PLAYERS', 'KEYS', 'BLANK', 'SIZES', 'VIDEOS', 'SAMPLES', 'SAMPLE_SEEDS',
            'SAMPLE_FRAMES', 'CARD', 'games', 'spec_of', 'flicker', 'resize', 'Environment', 'Episode', 'digest',
-           'atomic', 'write_episode', 'read_episode', 'to_palette', 'Chance', 'StickyRandom', 'script', 'toward',
-           'Scripted', 'Mixed', 'player_of', 'Person', 'half_blocks', 'Keyboard', 'versions', 'play', 'slug',
-           'episode_path', 'cores', 'run_jobs', 'collect', 'split_of', 'episodes', 'clips', 'blank_frames',
-           'frozen_frames', 'check_episode', 'validate', 'evenness', 'vendi', 'scenes', 'diversity', 'preprocess',
-           'record', 'read_actions', 'video_frames', 'video_rate', 'import_video', 'import_videos', 'samples',
-           'sample_card', 'bench', 'step_once', 'data_command']
+           'write_episode', 'read_episode', 'to_palette', 'Chance', 'StickyRandom', 'script', 'toward', 'Scripted',
+           'Mixed', 'player_of', 'Person', 'half_blocks', 'Keyboard', 'versions', 'play', 'slug', 'episode_path',
+           'cores', 'run_jobs', 'collect', 'split_of', 'episodes', 'clips', 'blank_frames', 'frozen_frames',
+           'check_episode', 'validate', 'evenness', 'vendi', 'scenes', 'diversity', 'preprocess', 'record',
+           'read_actions', 'video_frames', 'video_rate', 'import_video', 'import_videos', 'samples', 'sample_card',
+           'bench', 'step_once', 'data_command']
 
 # %% ../nbs/01_data.ipynb #f1eb77fa
 import argparse
 import atexit
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import importlib
@@ -44,7 +43,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .course import Figure, nearest, require, root, save_results
+from .course import Figure, atomic, nearest, require, root, save_results
 
 # %% ../nbs/01_data.ipynb #0ae3f1d3
 def games() -> list[str]:  # "ALE/Adventure-v5", ..., "ALE/Zaxxon-v5"
@@ -321,29 +320,6 @@ def digest(
             sha.update(np.ascontiguousarray(array))
     return sha.hexdigest()
 
-# %% ../nbs/01_data.ipynb #e1326406
-@contextlib.contextmanager
-def atomic(
-    path: str | Path,   # the file to write or to replace
-):                      # a binary file; it takes the name `path` at the end of the block
-    "Write a file so that its name never stands for half of it."
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise OSError(f"Could not write {path}: {reason}. Everything written before is intact; make room or choose another "
-                      "folder, and run the same command again to continue.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
 # %% ../nbs/01_data.ipynb #575bbea9
 def _delta(x):
     "Each frame XOR the one before it: where nothing changes, zeros."
@@ -364,7 +340,7 @@ def write_episode(
         arrays["palette"] = episode.palette
     if episode.ram is not None:
         arrays["ram"] = _delta(episode.ram)
-    with atomic(path) as file:
+    with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)
 
 # %% ../nbs/01_data.ipynb #027fc5fd
@@ -1296,8 +1272,8 @@ def samples(
     for seed in SAMPLE_SEEDS.values():
         collect(SAMPLES, out, episodes=1, workers=1, seed=seed, max_frames=SAMPLE_FRAMES)
     report = validate(out)
-    with atomic(Path(out) / "README.md") as file:
-        file.write(sample_card(out, report).encode())
+    with atomic(Path(out) / "README.md") as temporary:
+        temporary.write_text(sample_card(out, report), encoding="utf-8")
     return report
 
 # %% ../nbs/01_data.ipynb #f6a26a25

@@ -303,9 +303,8 @@ def tokenize(tokenizer: Tokenizer,
         frames = episode.frames
         tokens = tokenizer.encode_video(data.resize(frames, tokenizer.frame_size[0]))
         came_by = np.concatenate([[0], episode.actions])   # the key that led to each frame
-        def write(temporary):
-            with open(temporary, "wb") as file: np.savez(file, tokens=tokens.numpy().astype(np.uint16), actions=came_by)
-        training.write_atomic(target, write)
+        with course.atomic(target) as temporary, open(temporary, "wb") as file:
+            np.savez(file, tokens=tokens.numpy().astype(np.uint16), actions=came_by)
     return out
 
 # %% ../nbs/07_dynamics.ipynb #e7c13dcd
@@ -885,7 +884,7 @@ def train(args) -> None:
     for part, place in (("dynamics", model), ("tokenizer", model / "tokenizer")):
         course.write_json(place / "ledger.json", ledgers[part])
     figures = evaluate(WorldModel.from_pretrained(str(model), args.device), play, seed=args.seed)
-    training.write_atomic(model / "README.md", lambda p: p.write_text(model_card(figures, ledgers), encoding="utf-8"))
+    with course.atomic(model / "README.md") as temporary: temporary.write_text(model_card(figures, ledgers), encoding="utf-8")
     print_figures(figures)
     if args.json: course.save_results(args.json, f"lwm train --minutes {args.minutes:g}", figures, args.seed, model=str(model))
     print(f"\nPlay it: lwm demo --model {model}")

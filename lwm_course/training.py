@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FREE', 'device', 'dtype', 'psnr', 'ssim', 'interval', 'Summary', 'TrainConfig', 'schedule', 'make_optimizer', 'EMA',
-           'step_seed', 'to_device', 'shard', 'batches', 'write_atomic', 'save_model', 'load_model', 'save_checkpoint',
+           'step_seed', 'to_device', 'shard', 'batches', 'save_model', 'load_model', 'save_checkpoint',
            'load_checkpoint', 'Workers', 'Run', 'Diverged', 'advance', 'save', 'restore', 'write_ledger',
            'plot_history', 'Progress', 'interruptible', 'validate', 'fit']
 
 # %% ../nbs/02_training.ipynb #e1016d73
-import contextlib, io, itertools, json, math, os, signal, sys, tempfile, threading, time
+import contextlib, io, itertools, json, math, os, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .course import MissingExtra, bootstrap, git_revision, machine, require
+from .course import MissingExtra, atomic, bootstrap, git_revision, machine, require, write_json
 
 # %% ../nbs/02_training.ipynb #68858f7b
 def device(name: str | torch.device = "auto"  # "auto", or a torch device: "cpu", "cuda", "cuda:1", "mps"
@@ -256,26 +256,6 @@ def batches(make: Callable[[int], object],  # step -> batch
             for waiting in ahead: waiting.cancel()
 
 # %% ../nbs/02_training.ipynb #e2d71fdb
-def write_atomic(path: str | Path,              # file to write; its folder is made
-                 write: Callable[[Path], None]  # writes to the path it is given
-                 ) -> None:
-    "Write a file whole or not at all. What was there stays until the new one is complete."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb+") as file: os.fsync(file.fileno())  # on the disk before the name points to it
-        os.chmod(temporary, 0o644)  # mkstemp's files are readable by their owner only
-        os.replace(temporary, path)
-    finally: Path(temporary).unlink(missing_ok=True)
-
-
-def _write_json(path: str | Path, value) -> None:
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1), encoding="utf-8"))
-
-
 def _read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -301,9 +281,10 @@ def save_model(folder: str | Path,               # made when missing
     for name, value in module.state_dict().items():
         if dtype is not None and value.is_floating_point(): value = value.to(dtype)
         tensors[name] = value.detach().cpu().contiguous().clone()  # a copy: safetensors refuses tensors that share memory
-    write_atomic(folder / "model.safetensors", lambda p: save_file(tensors, p))
-    _write_json(folder / "config.json", config)
-    if card is not None: write_atomic(folder / "README.md", lambda p: p.write_text(card, encoding="utf-8"))
+    with atomic(folder / "model.safetensors") as temporary: save_file(tensors, temporary)
+    write_json(folder / "config.json", config)
+    if card is None: return folder
+    with atomic(folder / "README.md") as temporary: temporary.write_text(card, encoding="utf-8")
     return folder
 
 
@@ -323,9 +304,10 @@ def save_checkpoint(folder: str | Path,               # of the run
     "Write a checkpoint. The one before stays until this one is complete."
     folder = Path(folder) / "checkpoint"
     file = folder / f"step-{state['step']:09d}.safetensors"
-    write_atomic(file, lambda p: save_file({name: value.detach().contiguous() for name, value in tensors.items()}, p))
-    _write_json(folder / "state.json", {**state, "tensors": file.name})
-    for old in [*folder.glob("step-*.safetensors"), *folder.glob(".st*")]:  # .st*: half-written when a process was killed
+    whole = {name: value.detach().contiguous() for name, value in tensors.items()}
+    with atomic(file) as temporary: save_file(whole, temporary)
+    write_json(folder / "state.json", {**state, "tensors": file.name})
+    for old in [*folder.glob("step-*.safetensors"), *folder.glob(".*.tmp")]:  # .tmp: half-written when a process was killed
         if old != file: old.unlink()
 
 
@@ -457,7 +439,7 @@ def save(run: Run) -> None:
     try: save_checkpoint(run.folder, tensors, state)
     except (OSError, SafetensorError) as error:
         kept = "there is none yet" if run.saved_step is None else f"that of step {run.saved_step} is intact"
-        raise OSError(f"The checkpoint of step {run.step} in {run.folder} could not be written ({error}); {kept}. "
+        raise OSError(f"The checkpoint of step {run.step} in {run.folder} could not be written ({error.__cause__ or error}); {kept}. "
                       "Make room and start the same run again: it continues there.") from error
     run.saved_step = run.step
 
@@ -503,7 +485,7 @@ def write_ledger(run: Run,     # with a folder
     metrics = {key: value for row in trained + validated for key, value in row.items()}
     for key in ("step", "elapsed", "lr", "norm"): metrics.pop(key, None)
     hours, place, now = run.elapsed / 3600 * run.workers.world, run.workers.device, run.sessions[-1]
-    _write_json(run.folder / "ledger.json", {
+    write_json(run.folder / "ledger.json", {
         "status": status, "date": _now(), "steps": run.step, "skipped_steps": run.skipped, "seconds": round(run.elapsed, 2),
         "device": place.type, "devices": run.workers.world, "dtype": str(run.products).removeprefix("torch."),
         "device_name": torch.cuda.get_device_name(place) if place.type == "cuda" else now["machine"]["cpu"],

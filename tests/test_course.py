@@ -137,6 +137,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_written_file_is_readable_by_others_and_alone(tmp_path):
+    write_json(tmp_path/"new"/"a.json", {"a": 1})
+    assert (tmp_path/"new"/"a.json").stat().st_mode & 0o777 == 0o644 and len(list((tmp_path/"new").iterdir())) == 1
+
+
 def test_an_interrupted_replace_leaves_no_temporary_file(tmp_path, monkeypatch):
     def full(*_): raise OSError("No space left on device")
     monkeypatch.setattr(course.os, "replace", full)

@@ -20,8 +20,7 @@ from torch import nn
 from lwm_course import training
 from lwm_course.course import Budget, MissingExtra
 from lwm_course.training import (EMA, Diverged, Run, Summary, TrainConfig, advance, batches, fit, interval, load_checkpoint,
-                                 load_model, plot_history, psnr, restore, save, save_model, schedule, shard, ssim, to_device,
-                                 write_atomic)
+                                 load_model, plot_history, psnr, restore, save, save_model, schedule, shard, ssim, to_device)
 
 # One small net with everything that could break exactness: dropout, a buffer that moves, noise in the loss.
 
@@ -249,11 +248,6 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another model"):
         fit(nn.Linear(8, 8), batch_at, loss, config(), tmp_path, data_hash="abc", quiet=True)
     assert fit(net(), batch_at, loss, config(lr=0.5), tmp_path, data_hash="xyz", resume=False, quiet=True).step == 40
-
-
-def test_write_atomic_is_readable_by_others_and_leaves_nothing(tmp_path):
-    write_atomic(tmp_path / "a/b.txt", lambda p: p.write_text("x"))
-    assert (tmp_path / "a/b.txt").stat().st_mode & 0o777 == 0o644 and len(list((tmp_path / "a").iterdir())) == 1
 
 
 def test_save_model(tmp_path):
