@@ -721,7 +721,8 @@ class WebSocketProtocol(WebSocketEnd):
         root, ends = self.config.root_path, self.transport.get_extra_info
         scope = dict(type="websocket", asgi=asgi, http_version="1.1", scheme="ws", root_path=root,
                      path=root + unquote(target.path), raw_path=target.path.encode(), query_string=target.query.encode(),
-                     headers=self.headers, subprotocols=[], state=self.app_state, extensions={}, client=ends("peername"), server=ends("sockname"))
+                     headers=self.headers, subprotocols=[], state=self.app_state,
+                     extensions={}, client=ends("peername"), server=ends("sockname"))
         self.inbox.put_nowait({"type": "websocket.connect"})
         self.state.tasks.add(task := asyncio.get_running_loop().create_task(self.run(scope)))
         task.add_done_callback(self.state.tasks.discard)
@@ -895,7 +896,8 @@ def make_app(wm,           # WorldModel
 PAGE_CSS = """.lwm-head { text-align: center; }
 .lwm-head h1 { font-size: 1.5rem !important; font-weight: 650; margin: .5rem 0 .1rem !important; }
 .lwm-head p { color: var(--body-text-color); opacity: .75; margin: 0 0 .25rem !important; }
-.gradio-container { max-width: 66rem !important; width: 100%; margin: 0 auto; } .gradio-container .main, #lwm-game { width: 100%; }
+.gradio-container { max-width: 66rem !important; width: 100%; margin: 0 auto; }
+.gradio-container .main, #lwm-game { width: 100%; }
 #lwm-game .html-container { padding: 0; }
 @media (max-width: 40rem) { .gradio-container .main { padding: .5rem .75rem !important; } }"""
 
@@ -1174,7 +1176,8 @@ def serve(wm, settings, host, port, max_sessions=4, taken=None, share=False, bro
         ready = time.perf_counter() - BEGAN
         address = server.url + (f"/?game={settings.game}" if browse else "")
         print(f"Play at {address}", flush=True)
-        print(f"Ready {ready:.1f} s after the command. A frame takes the model {step:.0f} ms on {threads} thread{'s'*(threads > 1)}.")
+        plural = "s" * (threads > 1)
+        print(f"Ready {ready:.1f} s after the command. A frame takes the model {step:.0f} ms on {threads} thread{plural}.")
         print("Ctrl-C stops.", flush=True)
         if host in ("0.0.0.0", "::"): print("Everyone who can reach this machine can play.", flush=True)
         if share: print(f"Public address: {share_address(server)}", flush=True)
