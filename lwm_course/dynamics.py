@@ -876,11 +876,11 @@ def train(args) -> None:
     out, games = Path(args.out), args.games
     minutes = lambda own: args.minutes if own is None else own
     play = Path(args.play)
+    start = WorldModel.from_pretrained(args.start, "cpu", "float32") if args.start else None
+    if start and start.games != games: raise ValueError(f"{args.start} knows {start.games}: go on with these games, in this order")
     print(f"1/5 play: {args.episodes} episodes of each of {len(games)} games -> {play}")
     data.collect(games, play, episodes=args.episodes, workers=args.workers, seed=args.seed)
-    start = WorldModel.from_pretrained(args.start, "cpu", "float32") if args.start else None
     if start:
-        if start.games != games: raise ValueError(f"{args.start} knows {start.games}: go on with these games, in this order")
         print(f"2/5 tokenizer: that of {args.start} -> {out / 'tokenizer'}")
         shutil.copytree(start.folder / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     else:

@@ -343,6 +343,8 @@ def test_recipe_switches_change_the_loss():
     (["train", "--minutes", "soon"], 2, ["soon"]),
     (["train", "--episodes", "0"], 1, ["episodes"]),
     (["train", "--minutes", "0"], 1, ["minutes"]),
+    (["train", "--start", "nano", "--games", PONG], 1, [PONG, FREEWAY]),
+    (["train", "--start", "nanno"], 1, ["nano"]),
 ])
 def test_commands_refuse_in_one_line(arguments, code, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -364,6 +366,22 @@ def test_every_command_has_its_options():
         parser = argparse.ArgumentParser()
         command(parser)
         assert callable(parser.get_default("run")) and "--json" in parser.format_help()
+
+
+def test_train_from_nothing_then_on_from_there(tmp_path, capsys):
+    common = ["--games", FREEWAY, "--play", str(tmp_path / "play"), "--episodes", "14", "--minutes", "0.02"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert course.main(["train", *common, "--out", str(one)]) == 0
+    assert course.main(["train", *common, "--out", str(two), "--start", str(one / "model"), "--json", str(tmp_path / "train.json")]) == 0
+    before, after = (WorldModel.from_pretrained(folder / "model", "cpu", "float32") for folder in (one, two))
+    assert all(torch.equal(a, b) for a, b in zip(before.tokenizer.parameters(), after.tokenizer.parameters()))
+    moved = [(a - b).abs().max().item() for a, b in zip(before.dynamics.parameters(), after.dynamics.parameters())]
+    assert 0 < max(moved) < 0.05, "the second run began elsewhere, or did not learn"
+    card = (two / "model" / "README.md").read_text()
+    assert "dynamics, run 2" in card and json.loads((two / "model" / "ledger.json").read_text())["start"]["steps"] >= 1
+    names = {figure["name"] for figure in json.loads((tmp_path / "train.json").read_text())["figures"]}
+    assert {"reconstruction_psnr", "skill", "changed_psnr", "action_response"} <= names
+    assert "lwm demo --model" in capsys.readouterr().out
 
 
 # The shipped model
