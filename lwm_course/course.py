@@ -16,7 +16,7 @@ __all__ = ['UNITS', 'FASTER', 'BETTER', 'GENRE', 'GATES', 'RANK', 'CHAPTERS', 'M
 
 # %% ../nbs/00_start.ipynb #9b5c4201
 import argparse, contextlib, difflib, errno, hashlib, importlib, io, json, os, platform, random, re
-import shutil, subprocess, sys, tempfile, traceback
+import shlex, shutil, subprocess, sys, tempfile, traceback
 from dataclasses import dataclass, asdict, fields
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -857,7 +857,7 @@ def report_command(parser):
         if args.machine: print("\n".join(["This machine", str(machine_table()), *(f"- {s}" for s in slow(machine())), ""]))
         found = report(load_results(args.results), load_ledgers((args.runs, "lwm_course/models")))
         print(report_text(found, args.all))
-        if args.json: save_results(args.json, "lwm report", [], args.seed, **found)
+        if args.json: save_results(args.json, args.line, [], args.seed, **found)
     parser.set_defaults(run=run)
 
 # %% ../nbs/00_start.ipynb #de8fcadc
@@ -986,7 +986,7 @@ def main(argv=None, # arguments without the program's name; `None`: those of thi
     except ValueError as e: return _fail("lwm", f"{e} See: lwm --help", debug, 2)
     try:
         args = command_parser(command).parse_args(rest)
-        args.debug = debug
+        args.debug, args.line = debug, shlex.join(["lwm", command, *rest])  # `line`: for the results file
         return args.run(args) or 0
     except SystemExit as e: # argparse has printed what it has to say
         return e.code if isinstance(e.code, int) else int(e.code is not None)

@@ -908,7 +908,7 @@ def train(args) -> None:
     figures = evaluate(WorldModel.from_pretrained(str(model), args.device), play, seed=args.seed)
     with course.atomic(model / "README.md") as temporary: temporary.write_text(model_card(figures, ledgers), encoding="utf-8")
     print_figures(figures)
-    if args.json: course.save_results(args.json, f"lwm train --minutes {args.minutes:g}", figures, args.seed, model=str(model))
+    if args.json: course.save_results(args.json, args.line, figures, args.seed, model=str(model))
     print(f"\nPlay it: lwm demo --model {model}")
 
 # %% ../nbs/07_dynamics.ipynb #2a3bfea4
@@ -956,9 +956,8 @@ def run_eval(args) -> None:
     wm = WorldModel.from_pretrained(args.model)
     figures = evaluate(wm, args.play, args.split, args.clips, seed=args.seed, games=args.games)
     print_figures(figures)
-    command = f"lwm eval --model {args.model} --split {args.split} --clips {args.clips}"
     if args.json:
-        course.save_results(args.json, command, figures, args.seed, split=args.split, data_hash=data_hash(args.play, wm.games))
+        course.save_results(args.json, args.line, figures, args.seed, split=args.split, data_hash=data_hash(args.play, wm.games))
 
 # %% ../nbs/07_dynamics.ipynb #bab1435d
 def peak_memory_gb() -> float:
@@ -1024,5 +1023,4 @@ def run_bench(args) -> None:
     state = wm.start(clip[None], keys[None], game)
     add("state_bytes", sum(t.numel() * t.element_size() for block in state.blocks for t in block), "B", "memory of one player", 1)
     print_figures(figures)
-    command = f"lwm bench --model {args.model} --game {game} --frames {args.frames}"
-    if args.json: course.save_results(args.json, command, figures, args.seed)
+    if args.json: course.save_results(args.json, args.line, figures, args.seed)
