@@ -386,6 +386,20 @@ def test_old_leftovers_are_removed_and_fresh_ones_kept(tmp_path):
     assert [path.name for path in place.glob(".*.tmp")] == [".fresh.npz.1.tmp"]
 
 
+# Objects
+
+@pytest.mark.parametrize("game", sorted(data.OBJECTS))
+def test_objects_are_drawn_where_the_memory_says(game):
+    episode = read_episode(episodes(SAMPLES, [game], "val")[0])
+    frames, still = episode.frames, data.background(episode)
+    for name, sprite in data.OBJECTS[game].items():
+        boxes = sprite.boxes(episode.ram)
+        moved = np.r_[False, (np.diff(boxes, axis=0) != 0).any(1)]
+        there, beside = (data.drawn(frames, still, boxes + shift)[moved].mean() for shift in (0, [[30, 30, 30, 30]]))
+        assert there > (0.5 if name.startswith("bomb") else 0.8), name      # a second bomb is often not in flight
+        assert there > beside + 0.2, name                                   # it is this place, not any place
+
+
 # Splits and clips
 
 def test_splits_never_change():

@@ -1,11 +1,11 @@
-"Every chapter, and the front page, runs from a clean kernel in the smoke size, within two minutes."
+"Every chapter, and the front page, runs from a clean kernel in the smoke size."
 from pathlib import Path
 
 import pytest
 from measure import run_notebook
 
 NOTEBOOKS = sorted(path.name for path in (Path(__file__).resolve().parent.parent/"nbs").glob("*.ipynb"))
-SECONDS = 120 # a chapter promises 60 on 2 cores; the rest is for a busy machine
+SECONDS = 600 # a kernel that hangs is ended; how long a chapter takes is measured by tools/measure.py
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
