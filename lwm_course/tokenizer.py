@@ -666,11 +666,12 @@ class FrameWindows:
 def changed_psnr(output: Tensor | np.ndarray,  # uint8 (B, H, W, 3)
                  true: Tensor | np.ndarray,    # what it should be
                  before: Tensor | np.ndarray   # the true frames before
-                 ) -> float:                   # dB
+                 ) -> float:                     # dB; inf for equal pixels
     "PSNR over the pixels that differ from the frame before, grown by 2 pixels."
     true, before, output = (to_float(torch.as_tensor(x)) for x in (true, before, output))
     mask = changed_mask(true, before).expand_as(true).bool()
-    return -10 * math.log10(((output - true)[mask] / 2).square().mean().item())
+    mse = ((output - true)[mask] / 2).square().mean().item()
+    return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def contrast(piece: np.ndarray  # uint8 (h, w, 3)
