@@ -934,6 +934,7 @@ COMMANDS = {
     "demo":   ("demo", "serve the demo page"),
     "bench":  ("dynamics", "measure key-to-pixels latency, frames per second and memory"),
     "eval":   ("dynamics", "measure a world model against the copy-last-frame baseline"),
+    "ablate": ("tokenizer", "train every loss and every quantizer of a tokenizer at equal steps"),
     "report": ("course", "print the milestones: target, measured, verdict, and what was spent"),
     "check":  ("course", "run your exercises' checks and a chapter's gate"),
 }

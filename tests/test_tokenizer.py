@@ -1,5 +1,7 @@
 "The tokenizer: every code comes back, gradients pass, tokens stay where nothing moves, and wrong input is named."
+import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -8,14 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lwm_course import course
 from lwm_course import tokenizer as chapter
-from lwm_course.tokenizer import (FSQ, VQ, Encoder, FrameWindows, Tokenizer, TokenizerConfig, changed_mask, find_pretrained,
-                                  patches_changed, perplexity, reconstruction_loss, to_float, to_uint8, token_flicker)
+from lwm_course.data import episodes, read_episode
+from lwm_course.tokenizer import (FSQ, LOSSES, LSQ, QUANTIZERS, THOUSAND, VQ, Ablation, Companded, Critic, Encoder, FrameWindows, Hybrid,
+                                  Judged, Probe, RVQ, Scalar, Tokenizer, TokenizerConfig, ablate, changed_mask, combinations,
+                                  examine, find_pretrained, patches_changed, perplexity, reconstruction_loss, to_float, to_uint8,
+                                  token_flicker)
 from lwm_course.training import TrainConfig, fit
 
 some = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SMALL = dict(frame_size=32, levels=(4, 3, 3), codes=24, code_dim=5, encoder_width=24, encoder_depth=1, width=16, depth=1)
-quantizers = pytest.mark.parametrize("quantizer", ["fsq", "vq"])
+quantizers = pytest.mark.parametrize("quantizer", list(QUANTIZERS))
 both_patches = pytest.mark.parametrize("patch", [8, 16])
 
 
@@ -109,6 +115,119 @@ def test_gradient_is_straight_through(quantizer):
     (code * weight).sum().backward()
     slope = 1 - z.detach().tanh() ** 2 if isinstance(quantizer, FSQ) else 1
     assert torch.allclose(z.grad, weight * slope, atol=1e-5)
+
+
+def any_quantizer(name, levels, codes, dim, seed):
+    "A quantizer of the registry with these sizes, at play; what it learns has moved."
+    torch.manual_seed(seed)
+    quantizer = QUANTIZERS[name](TokenizerConfig(quantizer=name, levels=levels, codes=codes, code_dim=dim)).eval()
+    for part in quantizer.modules():   # in one dimension a new codebook has two different codes only
+        if isinstance(part, chapter.Codebook): part.codebook.copy_(torch.randn_like(part.codebook))
+    if name == "lsq": quantizer.step.data *= 0.5 + torch.rand(quantizer.dim)
+    return quantizer
+
+
+sizes = dict(levels=st.lists(st.integers(2, 7), min_size=1, max_size=4).map(tuple), codes=st.integers(2, 30), dim=st.integers(1, 8),
+             seed=st.integers(0, 99))
+
+
+@quantizers
+@some
+@given(**sizes)
+def test_every_code_of_every_quantizer_comes_back(quantizer, levels, codes, dim, seed):
+    quantizer = any_quantizer(quantizer, levels, codes, dim, seed)
+    tokens = torch.arange(quantizer.size)
+    code = quantizer.code(tokens)
+    assert code.shape == (quantizer.size, quantizer.dim)
+    # Sums of residual codes: the first stage may prefer another code for the sum, so only its own inputs come back.
+    if isinstance(quantizer, RVQ): tokens = quantizer(torch.randn(50, quantizer.dim))[1]
+    else:
+        z = code.clone()   # what FSQ bounds is the inverse of tanh away
+        if isinstance(quantizer, Hybrid): z[:, :quantizer.fsq.dim] = code[:, :quantizer.fsq.dim].atanh()
+        elif type(quantizer) is FSQ: z = code.atanh()
+        again, back, _ = quantizer(z)
+        assert torch.equal(back, tokens) and torch.allclose(again, code, atol=1e-5)
+    packing = getattr(quantizer, "packing", quantizer)
+    if hasattr(packing, "unpack"): assert torch.equal(packing.pack(packing.unpack(tokens)), tokens)
+
+
+@quantizers
+@some
+@given(scale=st.sampled_from([0.01, 1, 100]), **sizes)
+def test_tokens_of_every_quantizer_are_in_range_and_stand_for_its_code(quantizer, levels, codes, dim, seed, scale):
+    quantizer = any_quantizer(quantizer, levels, codes, dim, seed)
+    z = scale * torch.randn(3, 4, 5, quantizer.dim)
+    code, tokens, loss = quantizer(z)
+    assert tokens.dtype == torch.int64 and tokens.shape == (3, 4, 5) and ((0 <= tokens) & (tokens < quantizer.size)).all()
+    assert torch.allclose(code, quantizer.code(tokens), atol=1e-5 * max(1, scale)) and loss.ndim == 0
+    assert torch.equal(quantizer(z)[1], tokens), "at play nothing moves"
+
+
+@quantizers
+@some
+@given(**sizes)
+def test_gradient_of_every_quantizer_reaches_its_input(quantizer, levels, codes, dim, seed):
+    name, quantizer = quantizer, any_quantizer(quantizer, levels, codes, dim, seed)
+    # Within the grid, where clipping and the bound leave something: LSQ's may end at half of its first range.
+    z = (0.4 * (2 * torch.rand(6, quantizer.dim) - 1)).requires_grad_()
+    weight = torch.randn(6, quantizer.dim)
+    (quantizer(z)[0] * weight).sum().backward()
+    slope = torch.ones_like(z)
+    if name == "fsq": slope = 1 - z.detach().tanh() ** 2
+    if name == "hybrid": slope[:, :quantizer.fsq.dim] = 1 - z.detach()[:, :quantizer.fsq.dim].tanh() ** 2
+    assert torch.allclose(z.grad, weight * slope, atol=1e-4)
+
+
+@quantizers
+@some
+@given(**sizes)
+def test_every_quantizer_is_deterministic_under_a_seed(quantizer, levels, codes, dim, seed):
+    def run():
+        made = any_quantizer(quantizer, levels, codes, dim, seed).train()
+        for _ in range(3): code, tokens, loss = made(torch.randn(40, made.dim))
+        return code.detach(), tokens, loss.detach(), *made.state_dict().values()
+    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("quantizer", [Scalar((5, 4)), Companded((5, 4)), LSQ((5, 4))])
+def test_what_lies_outside_the_range_goes_to_its_edge(quantizer):
+    edge = quantizer.code(quantizer(torch.tensor([[9.0, -9.0]]))[1])
+    assert torch.allclose(edge, torch.tensor([[1.0, -1.0]]))
+
+
+def test_companded_steps_are_finer_near_zero():
+    code = Companded((9,)).code(torch.arange(9)).flatten()
+    steps = code.diff()
+    assert (steps[4:].diff() > 0).all() and torch.allclose(steps, steps.flip(0)) and (steps > 0).all()
+
+
+def test_learned_step_follows_the_size_of_its_input():
+    torch.manual_seed(0)
+    lsq = LSQ((8, 8))
+    optimizer, scale = torch.optim.Adam(lsq.parameters(), 0.01), torch.tensor([0.1, 3.0])
+    error = lambda z: (lsq(z)[0] - z).square().mean(0)
+    z = scale * torch.randn(4000, 2)
+    first = error(z).detach()
+    for _ in range(400):
+        optimizer.zero_grad()
+        error(scale * torch.randn(500, 2)).div(scale ** 2).sum().backward()
+        optimizer.step()
+    assert (error(z) < first / 2).all() and lsq.step[1] > 5 * lsq.step[0]
+
+
+def test_second_stage_makes_the_residual_smaller():
+    torch.manual_seed(0)
+    one, two = VQ(8, 4, decay=0.9), RVQ((8, 8), 4)
+    for stage in two.stages: stage.decay = 0.9
+    for _ in range(200):
+        z = torch.randn(256, 4)
+        one(z), two(z)
+    z = torch.randn(2000, 4)
+    assert (two.eval()(z)[0] - z).square().mean() < 0.8 * (one.eval()(z)[0] - z).square().mean()
+
+
+def test_a_thousand_codes_each():
+    assert {QUANTIZERS[name](TokenizerConfig(quantizer=name, **THOUSAND[name])).size for name in QUANTIZERS} == {1000}
 
 
 @pytest.mark.parametrize("levels", [(), (1, 5), (5, 0)])
@@ -214,6 +333,200 @@ def test_motion_weight_counts_what_moves_once_more():
     plain, weighted = (reconstruction_loss(blind, batch, motion=weight)[0].item() for weight in (0.0, 1.0))
     # The error is one pixel of 32 x 32, and the same pixel of the mask's 5 x 5, times 0.1.
     assert weighted / plain == pytest.approx(1 + 0.1 * 32 * 32 / 25)
+
+
+def loss_batch(seed=0):
+    return {"frames": torch.from_numpy(np.stack([frames(2, seed=seed), frames(2, seed=seed + 1)], 1))}
+
+
+def test_default_loss_is_the_weighting_of_motion():
+    model, batch = small(), loss_batch()
+    before, true = (to_float(batch["frames"][:, i]) for i in (0, 1))
+    error = model(true)[0] - true
+    error = (10 * error.square() + error.abs()).mean(1, keepdim=True)
+    mask = changed_mask(true, before)
+    expected = error.mean() + 0.1 * (error * mask).sum() / mask.sum()
+    assert torch.equal(reconstruction_loss(model, batch)[0], expected)
+    assert torch.equal(reconstruction_loss(model, batch, losses={"motion": 1.0})[0], expected)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("lpips", "adversarial")])
+def test_every_loss_is_zero_at_the_truth_and_grows_with_the_error(loss):
+    true, mask = to_float(torch.from_numpy(frames())), torch.ones(2, 1, 32, 32)
+    noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(0))
+    none, little, much = (LOSSES[loss](true + size * noise, true, mask).item() for size in (0, 0.1, 0.3))
+    assert none == 0 < little < much
+
+
+def test_multiscale_sees_a_shift_less_than_a_gap():
+    line, shifted, empty = (torch.zeros(1, 3, 32, 32) for _ in range(3))
+    line[..., 8], shifted[..., 9] = 1, 1
+    assert LOSSES["l1"](line, shifted) > LOSSES["l1"](line, empty)
+    assert LOSSES["multiscale"](line, shifted) < LOSSES["multiscale"](line, empty)
+
+
+def test_weights_may_depend_on_the_step_and_losses_add():
+    model, batch = small(), loss_batch()
+    value = lambda step=0, **losses: reconstruction_loss(model, batch, step, losses=losses)[0].item()
+    assert value(l1=2.0, mse=3.0) == pytest.approx(2 * value(l1=1.0) + 3 * value(mse=1.0))
+    late = chapter.from_step(5, 2.0)
+    assert value(4, l1=1.0, mse=late) == value(l1=1.0) and value(5, l1=1.0, mse=late) == pytest.approx(value(l1=1.0, mse=2.0))
+
+
+def test_unknown_loss_gets_the_nearest():
+    with pytest.raises(ValueError, match="Unknown loss 'moton'. Did you mean motion"):
+        reconstruction_loss(small(), loss_batch(), losses={"moton": 1.0})
+
+
+def test_critic_learns_to_tell_and_leaves_the_tokenizer_alone():
+    with pytest.raises(ValueError, match="train Judged"): reconstruction_loss(small(), loss_batch(), losses={"adversarial": 1.0})
+    model = Judged(small().train())
+    true = loss_batch()["frames"][:, 1]
+    loss = lambda: reconstruction_loss(model, loss_batch(), losses={"adversarial": 1.0})[0]
+    optimizer = torch.optim.Adam(model.critic.parameters(), 1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    with torch.no_grad(): assert model.critic(to_float(true)).mean() > model.critic(model(to_float(true))[0]).mean() + 1
+
+
+def test_tokenizer_and_critic_train_together():
+    torch.manual_seed(0)
+    model = Judged(small().train())
+    pairs = np.stack([frames(6, seed=1), frames(6, seed=2)], 1)
+    first = {name: value.clone() for name, value in model.named_parameters()}
+    loss = lambda m, batch, step: reconstruction_loss(m, batch, step, losses={"motion": 1.0, "adversarial": chapter.from_step(2, 0.1)})
+    fit(model, FrameWindows(pairs, batch=4), loss, TrainConfig(steps=4, weight_decay=0.0, device="cpu", dtype="float32"), quiet=True)
+    # The zeros at the end of each block hold the gradient of its first layer back; biases of the critic may balance.
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, first[name])}
+    assert not [name for name, value in first.items() if value.ndim > 1 and "near" not in name and name not in moved]
+    assert isinstance(model.critic, Critic) and not [name for name in model.tokenizer.state_dict() if "critic" in name]
+
+
+def test_lpips_without_its_package_says_so(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lpips", None)
+    chapter.perceptual.cache_clear()
+    with pytest.raises(course.MissingExtra, match=r"lwm-course\[perceptual\]"):
+        reconstruction_loss(small(), loss_batch(), losses={"motion": 1.0, "lpips": 1.0})
+
+
+def test_lpips_without_its_weights_names_the_file(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "lpips", type("lpips", (), {}))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    chapter.perceptual.cache_clear()
+    with pytest.raises(FileNotFoundError, match="alexnet-owt-7be5be79.pth.*does not fetch"): chapter.perceptual()
+
+
+# The ablation
+
+GAME = "ALE/Breakout-v5"
+
+
+@pytest.fixture
+def shared(repository, monkeypatch):
+    "Settings of a tiny ablation, with a tiny network."
+    monkeypatch.setattr(chapter, "LITTLE", dict(encoder_width=24, encoder_depth=1, width=16, depth=1))
+    return Ablation(str(repository / "data_samples"), (GAME,), steps=3, batch=2, pairs=4, frames=3)
+
+
+def timeless(rows): return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+def table(path): return timeless(json.loads(path.read_text())["table"])
+
+
+TWO = [("fsq", "motion"), ("hybrid", "motion")]
+
+
+def test_interrupted_ablation_goes_on_and_ends_as_an_uninterrupted_one(shared, tmp_path, monkeypatch):
+    whole, parts, trained = tmp_path / "whole.json", tmp_path / "parts.json", []
+    ablate(shared, TWO, [0, 1], whole, quiet=True)
+
+    def train_one(shared, quantizer, loss, seed, pairs, each, real=chapter.train_one):
+        if len(trained) == 2: signal.raise_signal(signal.SIGINT)     # in the third of four
+        trained.append((quantizer, loss, seed))
+        return real(shared, quantizer, loss, seed, pairs, each)
+
+    monkeypatch.setattr(chapter, "train_one", train_one)
+    with pytest.raises(KeyboardInterrupt): ablate(shared, TWO, [0, 1], parts, quiet=True)
+    assert trained == [("fsq", "motion", 0), ("hybrid", "motion", 0)] and len(table(parts)) == 2
+    trained += [None]       # beyond two: no more signals
+    ablate(shared, TWO, [0, 1], parts, quiet=True)
+    assert trained[3:] == [("fsq", "motion", 1), ("hybrid", "motion", 1)], "what is done is not done again"
+    assert table(parts) == table(whole)
+    trained.clear()
+    ablate(shared, TWO, [0, 1], parts, quiet=True)
+    assert trained == []
+
+
+def test_ablation_stops_within_a_run(shared, tmp_path):
+    stop = lambda *_: signal.raise_signal(signal.SIGINT)
+    path = tmp_path / "ablation.json"
+    ablate(shared, TWO[:1], [0], path, quiet=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chapter, "reconstruction_loss", lambda *args, **more: (stop(), reconstruction_loss(*args, **more))[1])
+        ablate(shared, TWO, [0], path, quiet=True)
+    assert [row["quantizer"] for row in table(path)] == ["fsq"]
+
+
+def test_figures_of_an_ablation_say_what_they_are_of(shared, tmp_path):
+    path = tmp_path / "ablation.json"
+    ablate(shared, [("lsq", "adversarial")], [3], path, quiet=True)
+    found = course.load_results(tmp_path)["ablation"]
+    figures = {figure["name"]: figure for figure in found["figures"]}
+    assert set(figures) == {name for name, _ in chapter.MEASURED.values()}
+    assert figures["changed_psnr"]["source"] == "lsq, adversarial, seed 3" and figures["changed_psnr"]["n"] == 3
+    assert figures["changed_psnr"]["baseline"] == found["copy"]["moving_psnr"] and figures["token_flicker"]["value"] == 0
+    assert found["settings"]["steps"] == 3 and found["seed"] == [3]
+
+
+def test_ablation_refuses_to_mix_settings(shared, tmp_path):
+    ablate(shared, TWO[:1], [0], tmp_path / "a.json", quiet=True)
+    other = Ablation(shared.play, shared.games, steps=4, batch=2, pairs=4, frames=3)
+    with pytest.raises(ValueError, match="steps was 3 and is now 4"): ablate(other, TWO, [0], tmp_path / "a.json", quiet=True)
+
+
+@pytest.mark.parametrize("chosen, message", [(("fqs", "motion"), "Unknown quantizer 'fqs'. Did you mean fsq"),
+                                             (("fsq", "multiscal"), "Unknown loss 'multiscal'. Did you mean multiscale")])
+def test_ablation_refuses_unknown_names_before_it_trains(shared, tmp_path, monkeypatch, chosen, message):
+    monkeypatch.setattr(chapter, "train_one", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match=message): ablate(shared, [("fsq", "l1"), chosen], [0], tmp_path / "a.json", quiet=True)
+
+
+def test_command_names_unknown_names_and_missing_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lpips", None)
+    monkeypatch.setattr(chapter, "train_one", lambda *_: pytest.fail("it trains"))
+    chapter.perceptual.cache_clear()
+    run = lambda *arguments: (course.main(["ablate", "--json", str(tmp_path / "a.json"), *arguments]), capsys.readouterr().err)
+    for option, wrong, right in (("--quantizers", "vqq", "vq"), ("--losses", "l2", "l1"), ("--games", "ALE/Pnog-v5", "Pong")):
+        code, said = run(option, wrong)
+        assert code == 1 and wrong in said and right in said
+    code, said = run("--losses", "lpips")
+    assert code == 1 and "lwm-course[perceptual]" in said and not (tmp_path / "a.json").exists()
+
+
+def test_two_arms_cross_in_the_default():
+    pairs = combinations(list(QUANTIZERS), list(LOSSES))
+    assert pairs[0] == ("fsq", "motion") and len(set(pairs)) == len(pairs) == len(QUANTIZERS) + len(LOSSES) - 1
+    assert all("fsq" == quantizer or "motion" == loss for quantizer, loss in pairs)
+
+
+@pytest.mark.parametrize("game", list(chapter.BALLS))
+def test_balls_are_where_the_memory_says(repository, game):
+    probe = Probe.of(read_episode(episodes(repository / "data_samples", [game], "val")[0]), 30)
+    assert all(probe.balls_kept(probe.true)) and min(chapter.contrast(f[spot]) for f, spot in zip(probe.true, probe.spots)) > 40
+    assert not any(probe.balls_kept(np.full_like(probe.true, 90))) and np.mean(probe.balls_kept(probe.before)) < 0.3
+
+
+def test_a_perfect_tokenizer_scores_as_one(repository):
+    probe = Probe.of(read_episode(episodes(repository / "data_samples", [GAME], "val")[0]), 4, 32)
+    class Perfect:
+        config, codebook_size = TokenizerConfig(**SMALL), 36
+        encode = staticmethod(lambda frames: torch.from_numpy(frames.reshape(len(frames), 4, 8, 4, -1).sum((2, 4)).astype(int) % 36))
+        decode = staticmethod(lambda tokens: torch.from_numpy(np.where(np.arange(32)[None, :, None, None] > 0, probe.true, 1)))
+    found = examine(Perfect, [probe])
+    assert found["balls"] == 1 and found["flicker"] == 0 and found["psnr"] > 25 and 1 <= found["perplexity"] <= found["used"]
 
 
 def test_windows_are_a_function_of_the_step_and_keep_to_the_grid():
