@@ -28,19 +28,16 @@ from . import course, data, training
 from .course import MissingExtra, nearest, require, root
 
 # %% ../nbs/03_tokenizer.ipynb #2923b370
-# Where a ball is: byte of the console's memory (Anand et al. 2019), what leads from it to drawn pixels, and the range in which it
-# flies free of walls and bats. The row, then the column. Each of these balls is 4 pixels high and 2 wide.
-BALLS = {"ALE/Breakout-v5": ((101, 9, 94, 180), (99, -49, 8, 150)), "ALE/Pong-v5": ((54, -14, 38, 188), (49, -49, 24, 134))}
+# Drawn rows and columns between which a ball flies free of walls and bats. Where it is: `data.OBJECTS`.
+BALLS = {"ALE/Breakout-v5": ((94, 180), (8, 150)), "ALE/Pong-v5": ((38, 188), (24, 134))}
 
 
 def ball(episode: data.Episode  # of a game in `BALLS`, with its memory
          ) -> tuple:            # rows and columns (T,) of its top left corner, drawn pixels; bool (T,): does it fly free?
     "Where the ball is, by the console's own memory."
-    places, free = [], True
-    for byte, shift, low, high in BALLS[episode.game]:
-        places.append(episode.ram[:, byte].astype(int) + shift)
-        free &= (places[-1] > low) & (places[-1] < high)
-    return *places, free
+    row, column = data.OBJECTS[episode.game]["ball"].boxes(episode.ram)[:, :2].T
+    (top, bottom), (left, right) = BALLS[episode.game]
+    return row, column, (row > top) & (row < bottom) & (column > left) & (column < right)
 
 
 def box(episode: data.Episode,  # as above
@@ -49,10 +46,9 @@ def box(episode: data.Episode,  # as above
         grow: int = 1           # pixels around it
         ) -> tuple[slice, slice]:
     "The ball's rows and columns in a frame of `side` x `side`."
-    cuts = []
-    for place, length, drawn in zip(ball(episode), (4, 2), episode.indices.shape[1:]):
-        cuts.append(slice(int(place[t] * side / drawn) - grow, int((place[t] + length) * side / drawn) + 1 + grow))
-    return tuple(cuts)
+    edges = data.OBJECTS[episode.game]["ball"].boxes(episode.ram[t:t + 1])[0].reshape(2, 2).T      # rows, columns
+    return tuple(slice(int(first * side / drawn) - grow, int(last * side / drawn) + 1 + grow)
+                 for (first, last), drawn in zip(edges, episode.indices.shape[1:]))
 
 # %% ../nbs/03_tokenizer.ipynb #91ebf0fd
 def to_float(frames: Tensor) -> Tensor:
