@@ -441,6 +441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lwm_course.dynamics._Starts': ('dynamics.html#_starts', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Starts.keys': ('dynamics.html#_starts.keys', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Starts.start': ('dynamics.html#_starts.start', 'lwm_course/dynamics.py'),
+                                     'lwm_course.dynamics._finish': ('dynamics.html#_finish', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._runs_of': ('dynamics.html#_runs_of', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics.action_response': ('dynamics.html#action_response', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics.bench_command': ('dynamics.html#bench_command', 'lwm_course/dynamics.py'),

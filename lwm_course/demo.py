@@ -719,10 +719,9 @@ class WebSocketProtocol(WebSocketEnd):
             return self.refuse("426 Upgrade Required", "Sec-WebSocket-Version: 13\r\n")
         asgi = dict(version=self.config.asgi_version, spec_version="2.4")
         root, ends = self.config.root_path, self.transport.get_extra_info
-        scope = dict(type="websocket", asgi=asgi, http_version="1.1", scheme="ws", root_path=root,
+        scope = dict(type="websocket", asgi=asgi, http_version="1.1", scheme="ws", root_path=root, headers=self.headers,
                      path=root + unquote(target.path), raw_path=target.path.encode(), query_string=target.query.encode(),
-                     headers=self.headers, subprotocols=[], state=self.app_state,
-                     extensions={}, client=ends("peername"), server=ends("sockname"))
+                     subprotocols=[], state=self.app_state, extensions={}, client=ends("peername"), server=ends("sockname"))
         self.inbox.put_nowait({"type": "websocket.connect"})
         self.state.tasks.add(task := asyncio.get_running_loop().create_task(self.run(scope)))
         task.add_done_callback(self.state.tasks.discard)

@@ -843,7 +843,7 @@ def _runs_of(ledger: dict) -> list[dict]:
     "The ledgers of a run and of those it went on from, the first one first."
     return [*(_runs_of(ledger["start"]) if "start" in ledger else []), ledger]
 
-
+# %% ../nbs/07_dynamics.ipynb #63b5290b
 def model_card(figures: list[course.Figure],  # of `evaluate`
                ledgers: dict[str, dict]       # part of the model -> ledger of its run
                ) -> str:                      # Markdown
@@ -868,6 +868,26 @@ def model_card(figures: list[course.Figure],  # of `evaluate`
     row("code", lambda x: x["git_revision"])
     row("finished", lambda x: x["date"])
     return "\n".join(lines) + LIMITS
+
+# %% ../nbs/07_dynamics.ipynb #dc6ad70c
+def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
+    "The last step of `lwm train`: the model's folder, its figures and its card."
+    out = Path(args.out)
+    model = out / "model"
+    print(f"5/5 figures, card -> {model}")
+    wm = WorldModel(Tokenizer.from_pretrained(out / "tokenizer", "cpu", "float32"), dynamics.cpu(), model)
+    ledgers = {part: json.loads((out / part / "ledger.json").read_text()) for part in ("tokenizer", "dynamics")}
+    if start and (start.folder / "ledger.json").exists():
+        ledgers["dynamics"]["start"] = json.loads((start.folder / "ledger.json").read_text())
+    wm.save_pretrained(model, dtype=torch.float16)
+    save_clips(model, args.games, seed=args.seed)
+    for part, place in (("dynamics", model), ("tokenizer", model / "tokenizer")):
+        course.write_json(place / "ledger.json", ledgers[part])
+    figures = evaluate(WorldModel.from_pretrained(str(model), args.device), args.play, seed=args.seed)
+    with course.atomic(model / "README.md") as temporary: temporary.write_text(model_card(figures, ledgers), encoding="utf-8")
+    print_figures(figures)
+    if args.json: course.save_results(args.json, args.line, figures, args.seed, model=str(model))
+    print(f"\nPlay it: lwm demo --model {model}")
 
 # %% ../nbs/07_dynamics.ipynb #dc6ad7b0
 def train(args) -> None:
@@ -895,21 +915,7 @@ def train(args) -> None:
     options = dict(seed=args.seed, lr=args.lr, ema=0.995, weight_decay=0.05, cost_per_hour=args.cost_per_hour)
     config = training.TrainConfig(minutes=minutes(args.dynamics_minutes), **options)
     dynamics = train_dynamics(tokens, names, tokenizer, out / "dynamics", config, start=start and start.dynamics)
-    model = out / "model"
-    print(f"5/5 figures, card -> {model}")
-    wm = WorldModel(Tokenizer.from_pretrained(out / "tokenizer", "cpu", "float32"), dynamics.cpu(), model)
-    ledgers = {part: json.loads((out / part / "ledger.json").read_text()) for part in ("tokenizer", "dynamics")}
-    if start and (start.folder / "ledger.json").exists():
-        ledgers["dynamics"]["start"] = json.loads((start.folder / "ledger.json").read_text())
-    wm.save_pretrained(model, dtype=torch.float16)
-    save_clips(model, games, seed=args.seed)
-    for part, place in (("dynamics", model), ("tokenizer", model / "tokenizer")):
-        course.write_json(place / "ledger.json", ledgers[part])
-    figures = evaluate(WorldModel.from_pretrained(str(model), args.device), play, seed=args.seed)
-    with course.atomic(model / "README.md") as temporary: temporary.write_text(model_card(figures, ledgers), encoding="utf-8")
-    print_figures(figures)
-    if args.json: course.save_results(args.json, args.line, figures, args.seed, model=str(model))
-    print(f"\nPlay it: lwm demo --model {model}")
+    _finish(args, start, dynamics)
 
 # %% ../nbs/07_dynamics.ipynb #2a3bfea4
 def print_figures(figures: list[course.Figure]) -> None:
