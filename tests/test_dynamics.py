@@ -81,7 +81,7 @@ def test_reading_at_once_equals_reading_frame_by_frame(every):
         half, middle = net.look(tokens[:, :17], keys[:, :17], game)
         rest, _ = net.look(tokens[:, 17:], keys[:, 17:], game, middle)
     assert torch.allclose(rest, features[:, 17:], atol=1e-4, rtol=1e-4)
-    remembered = [(a, b) for s, m in zip(state, last) if m is not None for a, b in zip(s, m)]
+    remembered = [(a, b) for s, m in zip(state, last) for a, b in zip(s, m)]
     assert remembered and all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in remembered)
 
 
@@ -174,7 +174,9 @@ def test_an_old_state_stays_valid(world):
     assert torch.equal(world.step(state, [1, 2, 3], temperature=1.0)[0], first) and state.frame.tolist() == [0, 0, 0]
 
 
-def test_reset_touches_the_masked_only(world):
+@pytest.mark.parametrize("every", [1, 2])
+def test_reset_touches_the_masked_only(every):
+    world = small_world(temporal_every=every)
     frames, keys = play_of()
     state = world.start(frames, keys, [PONG, FREEWAY, PONG], seed=[1, 2, 3])
     for _ in range(3): _, state = world.step(state, [1, 1, 1], temperature=1.0)
