@@ -341,6 +341,8 @@ GATES = [
     Gate("M1", "one frame in and out", "reconstruction_psnr", 25, "dB", no_go=20, bar=38, pivot=BETTER, file="eval train"),
     Gate("M1", "start", "start_s", 10, "s", higher=False, pivot=FASTER, file="demo bench"),
     Gate("M1", "peak memory", "peak_memory_gb", 8, "GB", higher=False, no_go=12, pivot=FASTER, file="bench"),
+    Gate("M1", "base (350M) built, first frame", "load_s", 10, "s", higher=False, pivot=FASTER, file="bench_base"),
+    Gate("M1", "base (350M), peak memory", "peak_memory_gb", 8, "GB", higher=False, no_go=12, pivot=FASTER, file="bench_base"),
     Gate("M2", "play per hour of machine time", "collection_hours_per_hour", 50/24, "h", bar=50, file="data",
          pivot="more workers, or scripted players without rendering"),
     Gate("M2", "usable share", "usable_share", 0.9, pivot="other players or games", file="data"),

@@ -341,6 +341,7 @@ def test_recipe_switches_change_the_loss():
     (["eval", "--clips", "many"], 2, ["many"]),
     (["bench", "--model", "no/such/folder"], 1, ["no/such/folder"]),
     (["bench", "--players", "two"], 2, ["two"]),
+    (["bench", "--size", "enormous"], 2, ["base"]),
     (["train", "--games", "ALE/Pnog-v5"], 1, ["ALE/Pong-v5"]),
     (["train", "--minutes", "soon"], 2, ["soon"]),
     (["train", "--episodes", "0"], 1, ["episodes"]),
@@ -368,6 +369,14 @@ def test_every_command_has_its_options():
         parser = argparse.ArgumentParser()
         command(parser)
         assert callable(parser.get_default("run")) and "--json" in parser.format_help()
+
+
+def test_bench_of_a_size_needs_no_model(tmp_path):
+    file = tmp_path / "bench_nano.json"
+    assert course.main(["bench", "--size", "nano", "--frames", "2", "--players", "1", "--json", str(file)]) == 0
+    figures = {f["name"]: f for f in json.loads(file.read_text())["figures"]}
+    assert figures["fps"]["value"] > 0 and figures["fps"]["game"] == "untrained"
+    assert figures["parameters"]["value"] == sum(p.numel() for p in dynamics.untrained("nano").parameters())
 
 
 def test_train_from_nothing_then_on_from_there(tmp_path, capsys):
