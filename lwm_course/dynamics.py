@@ -908,7 +908,9 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
 # %% ../nbs/07_dynamics.ipynb #dc6ad7b0
 def train(args) -> None:
     "`lwm train`: from no data at all to a model that can be played."
-    if args.episodes < 1 or not args.minutes > 0: raise ValueError("--episodes and --minutes must be above 0")
+    if not args.minutes > 0: raise ValueError("--minutes must be above 0")
+    if not {"train", "val"} <= {data.split_of(args.seed + i) for i in range(args.episodes)}:
+        raise ValueError(f"--episodes {args.episodes}: too few, none of them would be held out to measure with; take 20 or more")
     out, games = Path(args.out), args.games
     minutes = lambda own: args.minutes if own is None else own
     play = Path(args.play)

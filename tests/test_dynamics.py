@@ -345,6 +345,7 @@ def test_recipe_switches_change_the_loss():
     (["train", "--games", "ALE/Pnog-v5"], 1, ["ALE/Pong-v5"]),
     (["train", "--minutes", "soon"], 2, ["soon"]),
     (["train", "--episodes", "0"], 1, ["episodes"]),
+    (["train", "--episodes", "5"], 1, ["--episodes 5", "held out"]),
     (["train", "--minutes", "0"], 1, ["minutes"]),
     (["train", "--start", "nano", "--games", PONG], 1, [PONG, FREEWAY]),
     (["train", "--start", "nanno"], 1, ["nano"]),
