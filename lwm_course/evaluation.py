@@ -469,7 +469,8 @@ def play_figures(wm: WorldModel,          # or anything with its `start` and `st
         if h <= frames: add(f"rollout_psnr_{h}", decibel, error[:, h - 5:h], unit="dB", baseline=decibel(copy[:, h - 5:h]))
     moves = [[motion(film, before[0]) for film, before in zip(films, last)] for films in (shown, true)]
     add("motion_ratio", share, *moves, baseline=0.0, ceiling=1.0)
-    return figures + object_figures(clips, shown, true, seed)
+    for n in sorted({min(15, frames), frames}): figures += object_figures(clips, shown[:, :n], true[:, :n], seed)
+    return figures
 
 # %% ../nbs/08_evaluation.ipynb #702fb2de
 def recordings(game: str,
@@ -570,7 +571,7 @@ class Effort:
     frames: int = 1000  # of the longest rollout
     players: int = 3    # who play that long with the recording's keys; one more holds no key
 
-
+# %% ../nbs/08_evaluation.ipynb #c566b11c
 def measure(wm: WorldModel,
             folder: str | Path,        # episodes of chapter 01
             split: str = "val",        # "test" is for the final report
