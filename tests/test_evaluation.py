@@ -9,8 +9,8 @@ import torch
 
 from lwm_course import course, data, evaluation
 from lwm_course.dynamics import Dynamics, DynamicsConfig, WorldModel, moments, rollout
-from lwm_course.evaluation import (CONTEXT, Copier, Deaf, Effort, Simulator, Stretch, answers, blobs, collapse, count_balls, cut,
-                                   figure, grouped, long_figures, measure, motion, own_colour, play_figures, presence, recordings,
+from lwm_course.evaluation import (CONTEXT, Copier, Deaf, Simulator, Stretch, answers, blobs, collapse, count_balls, cut,
+                                   figure, grouped, lately, long_figures, motion, own_colour, play_figures, presence, recordings,
                                    response_figures, roll, share, strip, stretches, targets, write_report)
 from lwm_course.tokenizer import Tokenizer, TokenizerConfig
 
@@ -148,9 +148,15 @@ def test_a_ratio_without_anything_to_count_has_no_interval():
     assert math.isnan(empty.value) and empty.interval is None
 
 
-@pytest.mark.parametrize("values, first", [([5] * 20, 20), ([0] * 20, 0), ([5] * 3 + [0] * 15, 3), ([0] * 14 + [5] + [9] * 15, 15), ([0] * 14, 14)])
-def test_collapse(values, first):
-    assert collapse(np.array(values), 1, 8) == first
+@pytest.mark.parametrize("strange, first", [([0] * 20, 20), ([1] * 20, 0), ([0] * 3 + [1] * 15, 3), ([1] * 14 + [0] + [1] * 15, 15), ([1] * 14, 14)])
+def test_collapse(strange, first):
+    assert collapse(np.array(strange, bool)) == first
+
+
+def test_lately_is_the_mean_of_the_last_second():
+    values = np.random.default_rng(0).random((2, 40))
+    expected = [[row[max(0, t - 14):t + 1].mean() for t in range(40)] for row in values]
+    assert np.allclose(lately(values), expected)
 
 
 # Answers
@@ -231,6 +237,9 @@ def test_long_figures_of_the_real_game():
     assert {f.name for f in found} == {"rollout_psnr_40", "frames_to_collapse", "noop_frames_to_collapse", "noop_psnr"}
     assert of(found, "rollout_psnr_40").value == of(found, "noop_psnr").value == 80
     assert of(found, "frames_to_collapse").value == of(found, "frames_to_collapse").ceiling
+    copier = long_figures(Copier(), tokenizer, playing, idle, 40)
+    assert of(copier, "frames_to_collapse").value < of(copier, "frames_to_collapse").ceiling     # a world that stands still is none
+    assert of(copier, "rollout_psnr_40").value == of(copier, "rollout_psnr_40").baseline
 
 
 def test_motion_of_a_copier_is_nothing(clips):
