@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'HORIZONS', 'PATIENCE', 'presence', 'own_colour', 'cut', 'Target', 'background',
            'targets', 'blobs', 'field', 'count_balls', 'Stretch', 'stretches', 'figure', 'decibel', 'share',
-           'count_found', 'targets_of', 'examine_clip', 'tokenizer_figures', 'grouped', 'answers', 'response_figures',
-           'Simulator', 'Deaf', 'Copier', 'roll', 'errors', 'motion', 'ball_counter', 'object_figures', 'play_figures',
-           'recordings', 'entropies', 'lately', 'outside', 'collapse', 'long_play', 'long_figures', 'Effort', 'measure',
-           'figure_table', 'strip', 'write_report', 'eval_command', 'run_eval']
+           'targets_of', 'recall', 'recall_figures', 'examine_clip', 'tokenizer_figures', 'grouped', 'answers',
+           'response_figures', 'Simulator', 'Deaf', 'Copier', 'roll', 'errors', 'motion', 'ball_counter',
+           'object_figures', 'play_figures', 'recordings', 'entropies', 'lately', 'outside', 'collapse', 'long_play',
+           'long_figures', 'Effort', 'measure', 'figure_table', 'strip', 'write_report', 'eval_command', 'run_eval']
 
 # %% ../nbs/08_evaluation.ipynb #62856aac
 import hashlib
@@ -228,12 +228,7 @@ def share(found, of) -> float:
     "Of all that could be found, how much was; nan where there was nothing."
     return float(np.sum(found) / np.sum(of)) if np.sum(of) else math.nan
 
-# %% ../nbs/08_evaluation.ipynb #9b8cfacf
-def count_found(targets_: list[Target], frames: np.ndarray) -> int:
-    "How many targets are found in frames (N, H, W, 3); the target of frame `first + i` is looked for in frames[i]."
-    return sum(target.found(frames[target.time]) for target in targets_)
-
-
+# %% ../nbs/08_evaluation.ipynb #59f523c2
 def targets_of(stretch: Stretch, times, still: dict) -> list[Target]:
     "The targets of a clip at these of its frames, with times counted from its first; `still` keeps backgrounds."
     if stretch.episode.game not in data.OBJECTS or stretch.episode.ram is None: return []
@@ -242,20 +237,44 @@ def targets_of(stretch: Stretch, times, still: dict) -> list[Target]:
     found = targets(stretch.episode, np.asarray(times) + stretch.first, stretch.side, still[key])
     return [replace(target, time=target.time - stretch.first) for target in found]
 
+
+def recall(there: list[Target],   # of a clip
+           film: np.ndarray,      # its frames, uint8 (N, H, W, 3)
+           name: str = ""         # of an object; empty: all of them
+           ) -> tuple[int, int]:
+    "In how many frames everything is found that should be there, and in how many something should be."
+    frames = {}
+    for target in there:
+        if name in ("", target.name): frames[target.time] = frames.get(target.time, True) and target.found(film[target.time])
+    return sum(frames.values()), len(frames)
+
+
+def recall_figures(title: str,
+                   there: list,   # targets of every clip
+                   films: list,   # frames of every clip, uint8 (N, H, W, 3)
+                   copies: list,  # what copying shows instead
+                   **more         # of `figure`
+                   ) -> list[course.Figure]:
+    "The share of frames in which every object is drawn in its place; where there are several, also for each by its name."
+    names, figures = sorted({target.name for targets_ in there for target in targets_}), []
+    for name in ["", *names] if len(names) > 1 else names and [""]:
+        (found, count), (copied, _) = (zip(*(recall(t, film, name) for t, film in zip(there, each))) for each in (films, copies))
+        figures.append(figure(f"{title}_{name}" if name else title, share, found, count, baseline=share(copied, count), ceiling=1.0,
+                              source=f"{sum(count)} frames, within {REACH} px", **more))
+    return figures
+
 # %% ../nbs/08_evaluation.ipynb #355c4c08
 def examine_clip(tokenizer: Tokenizer,
                  stretch: Stretch,
                  length: int,      # frames to look at
                  still: dict       # backgrounds, kept
-                 ) -> dict:        # errors, ssim, object counts, flicker, tokens
+                 ) -> dict:        # errors, ssim, objects, frames, flicker, tokens
     "What reconstruction does to one clip."
     true, before = stretch.frames(0, length), stretch.frames(-1, length - 1)
     tokens, earlier = tokenizer.encode(true), tokenizer.encode(before)
-    drawn, there = tokenizer.decode(tokens).cpu().numpy(), targets_of(stretch, range(length), still)
-    changed = patches_changed(true, before, tokenizer.config.patch)
-    row = {"error": mse(drawn, true).mean(), "there": len(there), "found": count_found(there, drawn),
-           "copied": count_found(there, before), "tokens": tokens.cpu().numpy(),
-           "flicker": token_flicker(tokens.cpu(), earlier.cpu(), changed)}
+    drawn, changed = tokenizer.decode(tokens).cpu().numpy(), patches_changed(true, before, tokenizer.config.patch)
+    row = {"error": mse(drawn, true).mean(), "there": targets_of(stretch, range(length), still), "drawn": drawn, "before": before,
+           "tokens": tokens.cpu().numpy(), "flicker": token_flicker(tokens.cpu(), earlier.cpu(), changed)}
     for name, frames in (("moving", drawn), ("moving_copy", before)):
         row[name] = 10 ** (-changed_psnr(frames, true, before) / 10)
     with suppress(course.MissingExtra): row["ssim"] = training.ssim(drawn, true)
@@ -275,15 +294,13 @@ def tokenizer_figures(tokenizer: Tokenizer,
     for game in games:
         still, found = {}, stretches(folder, game, length, clips, split, seed, side)
         rows = [examine_clip(tokenizer, stretch, length, still) for stretch in found]
-        of = lambda name: np.array([row[name] for row in rows])
+        of = lambda name: [row[name] for row in rows]
         def add(name, statistic, *columns, **more):
             figures.append(figure(name, statistic, *map(of, columns), seed=seed, game=game, **more))
         add("reconstruction_psnr", decibel, "error", unit="dB")
         if "ssim" in rows[0]: add("reconstruction_ssim", np.mean, "ssim", ceiling=1.0)
         add("reconstruction_changed_psnr", decibel, "moving", unit="dB", baseline=decibel(of("moving_copy")))
-        if of("there").sum():
-            add("reconstruction_objects", share, "found", "there", baseline=share(of("copied"), of("there")), ceiling=1.0,
-                source=f"{of('there').sum()} objects within {REACH} px")
+        figures += recall_figures("reconstruction_objects", of("there"), of("drawn"), of("before"), seed=seed, game=game)
         add("token_flicker", np.nanmean, "flicker", ceiling=0.0)
         size = tokenizer.codebook_size
         add("perplexity", lambda tokens: perplexity(tokens.astype(np.int64), size), "tokens", ceiling=float(size))
@@ -431,15 +448,11 @@ def object_figures(clips: list[Stretch],
                    last: int = 15        # frames at the end that are looked at
                    ) -> list[course.Figure]:
     "Are the objects where they should be, and is there one ball, in the last second of a rollout?"
-    (B, N), still, game = shown.shape[:2], {}, clips[0].episode.game
-    name, figures = f"{N / data.FPS:g}s", []
+    N, still, game = shown.shape[1], {}, clips[0].episode.game
+    name = f"{N / data.FPS:g}s"
     there = [targets_of(clip, range(N - last, N, 2), still) for clip in clips]
     copy = [clip.frames(-1, 0).repeat(N, 0) for clip in clips]
-    count, model, copied = ([f(t, *frames) for t, *frames in zip(there, *more)]
-                            for f, more in ((len, []), (count_found, [shown]), (count_found, [copy])))
-    if sum(count):
-        figures.append(figure(f"objects_{name}", share, model, count, seed=seed, game=game, baseline=share(copied, count),
-                              ceiling=1.0, source=f"{sum(count)} objects within {REACH} px"))
+    figures = recall_figures(f"objects_{name}", there, shown, copy, seed=seed, game=game)
     if game in BALLS:
         counters = [ball_counter(clip, still) for clip in clips]
         one = lambda films: np.array([(counter(film[-last:]) == 1).mean() for counter, film in zip(counters, films)])

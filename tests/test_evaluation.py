@@ -10,7 +10,7 @@ import torch
 from lwm_course import course, data, evaluation
 from lwm_course.dynamics import Dynamics, DynamicsConfig, WorldModel, moments, rollout
 from lwm_course.evaluation import (CONTEXT, Copier, Deaf, Simulator, Stretch, answers, blobs, collapse, count_balls, cut,
-                                   figure, grouped, lately, long_figures, motion, own_colour, play_figures, presence, recordings,
+                                   figure, grouped, lately, long_figures, motion, own_colour, play_figures, presence, recall, recordings,
                                    response_figures, roll, share, strip, stretches, targets, write_report)
 from lwm_course.tokenizer import Tokenizer, TokenizerConfig
 
@@ -129,6 +129,17 @@ def test_balls_are_counted(pong):
 def test_blobs(picture, count):
     rows = picture.split("/")
     assert blobs(np.array([[c == "#" for c in row] for row in rows]).reshape(len(rows), -1)) == count
+
+
+def test_a_frame_counts_when_all_of_its_objects_are_found(target):
+    still, white = square(0, 0, 0), np.array([250] * 3)
+    other = evaluation.Target.of("ball", 0, np.array([10, 10, 13, 12]), square(10, 10, 3), still, white)
+    film = np.stack([np.maximum(square(30, 30), square(10, 10, 3)), square(30, 30)])
+    there = [target, other, replace(target, time=1), replace(other, time=1)]
+    assert recall(there, film) == (1, 2) and recall(there, film, "box") == (2, 2) and recall(there, film, "ball") == (1, 2)
+    names = {f.name: (f.value, f.baseline) for f in evaluation.recall_figures("o", [there], [film], [still[None].repeat(2, 0)])}
+    assert names == {"o": (0.5, 0), "o_ball": (0.5, 0), "o_box": (1, 0)}
+    assert evaluation.recall_figures("o", [[]], [film], [film]) == []
 
 
 # Statistics
