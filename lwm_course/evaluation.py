@@ -237,7 +237,7 @@ def targets_of(stretch: Stretch, times, still: dict) -> list[Target]:
     found = targets(stretch.episode, np.asarray(times) + stretch.first, stretch.side, still[key])
     return [replace(target, time=target.time - stretch.first) for target in found]
 
-
+# %% ../nbs/08_evaluation.ipynb #70ed3db3
 def recall(there: list[Target],   # of a clip
            film: np.ndarray,      # its frames, uint8 (N, H, W, 3)
            name: str = ""         # of an object; empty: all of them
