@@ -259,8 +259,8 @@ def recall_figures(title: str,
     names, figures = sorted({target.name for targets_ in there for target in targets_}), []
     for name in ["", *names] if len(names) > 1 else names and [""]:
         (found, count), (copied, _) = (zip(*(recall(t, film, name) for t, film in zip(there, each))) for each in (films, copies))
-        figures.append(figure(f"{title}_{name}" if name else title, share, found, count, baseline=share(copied, count), ceiling=1.0,
-                              source=f"{sum(count)} frames, within {REACH} px", **more))
+        figures.append(figure(f"{title}_{name}" if name else title, share, found, count, baseline=share(copied, count),
+                              ceiling=1.0, source=f"{sum(count)} frames, within {REACH} px", **more))
     return figures
 
 # %% ../nbs/08_evaluation.ipynb #355c4c08
@@ -516,7 +516,7 @@ def entropies(tokenizer: Tokenizer,
     tokens = tokenizer.encode_video(frames)
     return np.array([math.log(perplexity(frame, tokenizer.codebook_size)) for frame in tokens])
 
-
+# %% ../nbs/08_evaluation.ipynb #7ac4145d
 def lately(values: np.ndarray   # (..., N), one per frame
            ) -> np.ndarray:     # (..., N)
     "The mean of each frame and those of the second before it."
