@@ -580,17 +580,17 @@ def long_figures(wm: WorldModel,        # or anything with its `start` and `step
     "Long rollouts against the emulator's exact continuation: error, frames until collapse, balls, and a world left alone."
     game, figures, K = clips[0].episode.game, [], len(clips)
     rows = long_play(wm, tokenizer, clips + idle, frames)
-    def lasts(whose):
-        odd = outside(rows[whose + "entropy"], rows["true_entropy"])
-        odd |= outside(lately(rows[whose + "motion"]), lately(rows["true_motion"]))
+    def lasts(whose, who, like):        # players, and those whose real play they are compared with
+        odd = outside(rows[whose + "entropy"][who], rows["true_entropy"][like])
+        odd |= lately(rows[whose + "motion"][who]) < np.quantile(lately(rows["true_motion"][like]), 0.01) / 2
         return np.array([collapse(strange) for strange in odd])
     def add(name, statistic, *columns, **more): figures.append(figure(name, statistic, *columns, seed=seed, game=game, **more))
     for h in sorted({h for h in (300, 1000, 3600) if h < frames} | {frames}):
         add(f"rollout_psnr_{h}", decibel, rows["error"][:K, h - 5:h], unit="dB", baseline=decibel(rows["copy"][:K, h - 5:h]))
-    own, true = lasts(""), lasts("true_")
-    for name, who in (("frames_to_collapse", slice(K)), ("noop_frames_to_collapse", slice(K, None))):
-        said = f"{(own[who] == frames).sum()} of {len(own[who])} players held for all {frames} frames"
-        add(name, np.mean, own[who], unit="frames", ceiling=float(true[who].mean()), source=said)
+    for name, who, like in (("", slice(K), slice(K)), ("noop_", slice(K, None), slice(None))):
+        own, true = lasts("", who, like), lasts("true_", who, like)
+        said = f"{(own == frames).sum()} of {len(own)} players held for all {frames} frames"
+        add(f"{name}frames_to_collapse", np.mean, own, unit="frames", ceiling=float(true.mean()), source=said)
     add("noop_psnr", decibel, rows["error"][K:, -15:], unit="dB", baseline=decibel(rows["copy"][K:, -15:]),
         source=f"after {frames} frames without a key")
     if "one" in rows:
