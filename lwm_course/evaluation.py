@@ -527,11 +527,11 @@ def lately(values: np.ndarray   # (..., N), one per frame
 
 
 def outside(values: np.ndarray,  # of any shape
-            real: np.ndarray     # values of real play
+            *real: np.ndarray    # values of real play, of one or several kinds
             ) -> np.ndarray:     # bool, of that shape
-    "What lies outside the range of 98 % of real play."
-    low, high = np.quantile(real, [0.01, 0.99])
-    return (values < low) | (values > high)
+    "What lies outside the range of 98 % of real play, of every kind."
+    low, high = zip(*(np.quantile(kind, [0.01, 0.99]) for kind in real))
+    return (values < min(low)) | (values > max(high))
 
 
 def collapse(strange: np.ndarray  # bool (N,)
@@ -550,7 +550,7 @@ def long_play(wm: WorldModel,         # or anything with its `start` and `step`
               frames: int,            # N
               chunk: int = 50         # frames that are kept at a time
               ) -> dict[str, np.ndarray]:  # (B, N) each
-    "A long rollout with the keys of the recordings: errors, entropies, motion, balls, of the model and of the real game."
+    "A long rollout with the recordings' keys: errors, entropies, motion, balls, of the model and of the real game."
     game, keys, still, rows = clips[0].episode.game, np.stack([clip.keys(frames) for clip in clips]), {}, []
     played, last = roll(wm, clips, keys, game), [clip.frames(-1, 0) for clip in clips]
     moved = lambda films: mse(films[1:], films[:-1])
@@ -563,7 +563,8 @@ def long_play(wm: WorldModel,         # or anything with its `start` and `step`
             row = {"motion": moved(np.concatenate([before[i], shown[i]])), "true_motion": moved(true)}
             before[i], true = shown[i][-1:], true[1:]
             row |= {"error": mse(shown[i], true), "copy": mse(true, last[i]),
-                    "entropy": entropies(tokenizer, shown[i]), "true_entropy": entropies(tokenizer, true)}
+                    "entropy": entropies(tokenizer, shown[i]), "true_entropy": entropies(tokenizer, true),
+                    "drawn_entropy": entropies(tokenizer, tokenizer.decode(tokenizer.encode(true[::5])).cpu().numpy())}
             if counters: row |= {"one": counters[i](shown[i]) == 1, "true_one": counters[i](true) == 1}
             rows.append(row)
     B = len(clips)
@@ -581,7 +582,7 @@ def long_figures(wm: WorldModel,        # or anything with its `start` and `step
     game, figures, K = clips[0].episode.game, [], len(clips)
     rows = long_play(wm, tokenizer, clips + idle, frames)
     def lasts(whose, who, like):        # players, and those whose real play they are compared with
-        odd = outside(rows[whose + "entropy"][who], rows["true_entropy"][like])
+        odd = outside(rows[whose + "entropy"][who], rows["true_entropy"][like], rows["drawn_entropy"][like])
         odd |= lately(rows[whose + "motion"][who]) < np.quantile(lately(rows["true_motion"][like]), 0.01) / 2
         return np.array([collapse(strange) for strange in odd])
     def add(name, statistic, *columns, **more): figures.append(figure(name, statistic, *columns, seed=seed, game=game, **more))
