@@ -6,8 +6,8 @@
 __all__ = ['NANO_GAMES', 'DYNAMICS_SIZES', 'CURRICULUM', 'CARD', 'LIMITS', 'DynamicsConfig', 'Film', 'SpatialAttention', 'Block',
            'Dynamics', 'log_probs', 'Recipe', 'corrupt', 'own_prediction', 'dynamics_loss', 'tokenize', 'TokenClips',
            'PlayState', 'noise', 'WorldModel', 'untrained', 'changed_pixels', 'mse', 'next_frame', 'rollout', 'Moment',
-           'moments', 'action_response', 'evaluate', 'data_hash', 'train_tokenizer', 'train_dynamics', 'save_clips',
-           'model_card', 'train', 'print_figures', 'train_command', 'eval_command', 'run_eval', 'peak_memory_gb',
+           'moments', 'held_keys', 'right_answers', 'action_response', 'evaluate', 'data_hash', 'train_tokenizer',
+           'train_dynamics', 'save_clips', 'model_card', 'train', 'print_figures', 'train_command', 'peak_memory_gb',
            'opening', 'latencies', 'bench_command', 'run_bench']
 
 # %% ../nbs/07_dynamics.ipynb #b45fd891
@@ -709,22 +709,35 @@ def moments(game: str,           # an ALE id
     return found
 
 # %% ../nbs/07_dynamics.ipynb #7ae3643a
-def action_response(wm: WorldModel,  # or anything with its `start` and `step`
-                    moment: Moment,  # of this game
-                    game: str        # its name
-                    ) -> tuple[float, float]:  # share of keys answered rightly (balanced over groups), chance
-    "Hold each key in the model: is its outcome nearest to what that key really does (CARA, steps 2 and 3)?"
+def held_keys(wm: WorldModel,  # or anything with its `start` and `step`
+              moment: Moment,  # of this game
+              game: str        # its name
+              ) -> np.ndarray: # uint8 (actions, horizon, H, W, 3), like the moment's futures
+    "What the model shows while each key is held (CARA, step 2)."
     n, horizon = moment.futures.shape[:2]
-    state = wm.start(np.repeat(moment.frames[None], n, 0), np.repeat(moment.actions[None], n, 0), game)
-    for _ in range(horizon): frames, state = wm.step(state, list(range(n)))
-    last = moment.futures[:, -1].astype(np.float32)
-    differs = (last != last[:1]).any(-1).any(0)                           # (H, W) where the choice shows
-    guess = frames.cpu().numpy().astype(np.float32)[:, differs]
+    state, shown = wm.start(np.repeat(moment.frames[None], n, 0), np.repeat(moment.actions[None], n, 0), game), []
+    for _ in range(horizon):
+        frames, state = wm.step(state, list(range(n)))
+        shown.append(frames.cpu().numpy())
+    return np.stack(shown, 1)
+
+
+def right_answers(shown: np.ndarray,  # the model's frame after each key, uint8 (actions, H, W, 3)
+                  true: np.ndarray,   # the real ones
+                  group: np.ndarray   # (actions,) keys with the same number lead to the same frame
+                  ) -> np.ndarray:    # bool (actions,)
+    "Which keys lead nearest to what a key of their group really does, where the choice shows (CARA, step 3)?"
+    last = true.astype(np.float32)
+    differs = (last != last[:1]).any(-1).any(0)                           # (H, W)
+    guess = shown.astype(np.float32)[:, differs]
     distance = ((guess[:, None] - last[None][:, :, differs]) ** 2).mean((-1, -2))    # (held, outcome)
-    right = moment.group[distance.argmin(1)] == moment.group
-    groups = np.unique(moment.group)
-    balanced = np.mean([right[moment.group == g].mean() for g in groups])
-    return float(balanced), 1 / len(groups)
+    return group[distance.argmin(1)] == group
+
+
+def action_response(wm: WorldModel, moment: Moment, game: str) -> tuple[float, float]:
+    "Share of keys answered rightly, every group counted alike, and what chance gives."
+    right, groups = right_answers(held_keys(wm, moment, game)[:, -1], moment.futures[:, -1], moment.group), np.unique(moment.group)
+    return float(np.mean([right[moment.group == g].mean() for g in groups])), 1 / len(groups)
 
 # %% ../nbs/07_dynamics.ipynb #07b2c159
 def evaluate(wm: WorldModel,
@@ -940,10 +953,10 @@ def train(args) -> None:
 # %% ../nbs/07_dynamics.ipynb #2a3bfea4
 def print_figures(figures: list[course.Figure]) -> None:
     "A line for each figure, beside its baseline."
-    print(f"{'game':<18}{'figure':<22}{'measured':>10}{'baseline':>10}{'ceiling':>10}{'n':>5}")
+    print(f"{'game':<18}{'figure':<28}{'measured':>10}{'baseline':>10}{'ceiling':>10}{'n':>5}")
     text = lambda x: "-" if x is None else f"{x:.4g}"
     for f in figures:
-        print(f"{f.game:<18}{f.name:<22}", *(f"{text(x):>9}" for x in (f.value, f.baseline, f.ceiling)), f"{f.n or '':>4} {f.unit}")
+        print(f"{f.game:<18}{f.name:<28}", *(f"{text(x):>9}" for x in (f.value, f.baseline, f.ceiling)), f"{f.n or '':>4} {f.unit}")
 
 
 def train_command(parser) -> None:
@@ -963,28 +976,6 @@ def train_command(parser) -> None:
     parser.add_argument("--cost-per-hour", type=float, default=0.0, help="US$ per device and hour, for the ledger")
     parser.add_argument("--json", help="write the figures to this file")
     parser.set_defaults(run=train)
-
-# %% ../nbs/07_dynamics.ipynb #df5af9d3
-def eval_command(parser) -> None:
-    "Options of `lwm eval`."
-    parser.add_argument("--model", default="nano", help="shipped name, folder or Hub id (default: nano)")
-    parser.add_argument("--games", nargs="+", help="only these games (default: all that the model knows)")
-    parser.add_argument("--play", default="data/play", help="folder of recorded play (default: data/play)")
-    parser.add_argument("--split", default="val", choices=["val", "test"],
-                        help="held-out episodes; test is for the final report (default: val)")
-    parser.add_argument("--clips", type=int, default=16, help="clips per game (default: 16)")
-    parser.add_argument("--json", help="write the figures to this file, for example results/eval.json")
-    parser.set_defaults(run=run_eval)
-
-
-def run_eval(args) -> None:
-    "`lwm eval`: the figures of record of a model."
-    if args.clips < 1: raise ValueError(f"--clips must be at least 1, got {args.clips}")
-    wm = WorldModel.from_pretrained(args.model)
-    figures = evaluate(wm, args.play, args.split, args.clips, seed=args.seed, games=args.games)
-    print_figures(figures)
-    if args.json:
-        course.save_results(args.json, args.line, figures, args.seed, split=args.split, data_hash=data_hash(args.play, wm.games))
 
 # %% ../nbs/07_dynamics.ipynb #bab1435d
 def peak_memory_gb() -> float:

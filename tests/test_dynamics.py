@@ -336,9 +336,6 @@ def test_recipe_switches_change_the_loss():
 # Commands
 
 @pytest.mark.parametrize("arguments, code, words", [
-    (["eval", "--model", "nanno"], 1, ["nanno"]),
-    (["eval", "--split", "train"], 2, ["train"]),
-    (["eval", "--clips", "many"], 2, ["many"]),
     (["bench", "--model", "no/such/folder"], 1, ["no/such/folder"]),
     (["bench", "--players", "two"], 2, ["two"]),
     (["bench", "--size", "enormous"], 2, ["base"]),
@@ -366,7 +363,7 @@ def test_commands_name_the_damaged_model(world, tmp_path, capsys):
 
 
 def test_every_command_has_its_options():
-    for command in (dynamics.train_command, dynamics.eval_command, dynamics.bench_command):
+    for command in (dynamics.train_command, dynamics.bench_command):
         parser = argparse.ArgumentParser()
         command(parser)
         assert callable(parser.get_default("run")) and "--json" in parser.format_help()

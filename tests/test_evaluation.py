@@ -1,0 +1,308 @@
+"The yardstick: what is perfect scores 1, what copies scores what theory says, and a planted fault is seen by the figure that asks for it."
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lwm_course import course, data, evaluation
+from lwm_course.dynamics import Dynamics, DynamicsConfig, WorldModel, moments, rollout
+from lwm_course.evaluation import (CONTEXT, Copier, Deaf, Simulator, Stretch, answers, blobs, collapse, count_balls, cut,
+                                   figure, grouped, lately, long_figures, motion, own_colour, play_figures, presence, recall, recordings,
+                                   response_figures, roll, share, strip, stretches, targets, write_report)
+from lwm_course.tokenizer import Tokenizer, TokenizerConfig
+
+PONG, BREAKOUT, FREEWAY, TETRIS = "ALE/Pong-v5", "ALE/Breakout-v5", "ALE/Freeway-v5", "ALE/Tetris-v5"
+SAMPLES = course.root() / "data_samples"
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def of(figures, name, game=None):
+    "The one figure of a name."
+    [found] = [f for f in figures if f.name == name and game in (None, f.game)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def pong():
+    return data.read_episode(data.episodes(SAMPLES, [PONG], "val")[0])
+
+
+@pytest.fixture(scope="module")
+def clips(pong):
+    return [Stretch(pong, first) for first in (40, 120)]
+
+
+@pytest.fixture(scope="module")
+def emulator(pong):
+    return Simulator([pong])
+
+
+def small_world(games=(PONG, TETRIS)):
+    "An untrained world of a few thousand weights."
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig(frame_size=64, levels=(8, 5), encoder_width=32, encoder_depth=1, width=32, depth=1))
+    names = {game: tuple(data.Environment(game).actions) for game in games}
+    size = dict(grid=8, codebook=40, token_width=8, width=64, depth=2, head_depth=1, attention_heads=2)
+    return WorldModel(tokenizer, Dynamics(DynamicsConfig(names, **size))).ready("cpu", "float32")
+
+
+# Objects
+
+def square(top, left, size=6, value=250):
+    "A bright square on a dark field."
+    frame = np.full((64, 64, 3), 20, np.uint8)
+    frame[top:top + size, left:left + size] = value
+    return frame
+
+
+@pytest.fixture(scope="module")
+def target():
+    still = square(0, 0, 0)
+    return evaluation.Target.of("box", 0, np.array([30, 30, 36, 36]), square(30, 30), still, np.array([250, 250, 250]))
+
+
+@pytest.mark.parametrize("down, right", [(0, 0), (4, 0), (0, -4), (-4, 4), (3, 2)])
+def test_an_object_within_four_pixels_is_found(target, down, right):
+    assert target.found(square(30 + down, 30 + right))
+
+
+@pytest.mark.parametrize("down, right", [(5, 0), (0, -5), (6, 6), (8, 0), (0, 12), (-30, -30)])
+def test_an_object_that_is_farther_off_is_not(target, down, right):
+    assert not target.found(square(30 + down, 30 + right))
+
+
+def test_a_faint_object_counts_when_half_of_it_is_there(target):
+    faint = lambda much: square(30, 30, value=round(20 + much * 230))
+    assert target.found(faint(0.35)) and not target.found(faint(0.25))      # 1 - (1 - much)² explained: half at 0.29
+    assert not target.found(square(30, 30, 0)) and not target.found(square(22, 22, 20))     # nothing; a blob, much too large
+
+
+def test_a_large_object_is_found_by_its_place_and_not_by_its_overlap():
+    still, white = square(0, 0, 0), np.array([250, 250, 250])
+    large = evaluation.Target.of("wall", 0, np.array([10, 10, 50, 50]), square(10, 10, 40), still, white)
+    assert large.found(square(14, 10, 40)) and not large.found(square(15, 10, 40))      # 35 of 40 rows would overlap
+
+
+def test_objects_at_the_edge_and_outside():
+    assert cut(np.ones((3, 3)), 5, 5, 2, 2).sum() == 0 and cut(np.ones((3, 3)), -9, 0, 2, 2).sum() == 0
+    corner = evaluation.Target.of("box", 0, np.array([0, 58, 6, 64]), square(0, 58), square(0, 0, 0), np.array([250] * 3))
+    assert corner.found(square(0, 58)) and corner.found(square(3, 57)) and not corner.found(square(9, 58))
+
+
+def test_presence_ignores_an_object_of_the_background_colour():
+    frame = square(10, 10)
+    assert presence(frame, square(0, 0, 0), np.array([30, 30, 30])).max() == 0
+    assert presence(frame, square(0, 0, 0), np.array([250] * 3)).max() == 1 == presence(frame, square(0, 0, 0), np.array([135] * 3)).max()
+
+
+@pytest.mark.parametrize("game", [PONG, BREAKOUT, FREEWAY, "ALE/SpaceInvaders-v5", "ALE/Boxing-v5"])
+def test_targets_of_a_recording(game):
+    episode = data.read_episode(data.episodes(SAMPLES, [game], "val")[0])
+    times, frames = range(10, 360, 35), data.resize(episode.frames, 128)
+    found = targets(episode, times)
+    assert len(found) >= len(times) * 0.7 and {t.time for t in found} <= set(times)
+    assert all(t.found(frames[t.time]) for t in found)
+    assert not any(t.found(data.resize(evaluation.background(episode), 128)) for t in found)
+    lost = [t.found(frames[(t.time + 175) % 350]) for t in found]       # elsewhere in the game things are elsewhere
+    assert np.mean(lost) < 0.7
+    assert targets(replace(episode, game=TETRIS), times) == []          # a game whose objects nobody knows
+
+
+def test_balls_are_counted(pong):
+    still = evaluation.background(pong)
+    boxes = data.OBJECTS[PONG]["ball"].boxes(pong.ram)
+    there = data.drawn(pong.frames, still, boxes)
+    colour, small = own_colour(pong.frames[there], still, boxes[there]), data.resize(still, 128)
+    frames = small[None].repeat(3, 0)
+    for i, column in enumerate((40, 70)): frames[1 + i:, 60:63, column:column + 2] = colour       # none, one, two
+    assert count_balls(frames, small, colour, PONG).tolist() == [0, 1, 2]
+    frames[1, 60:63, 40:42] = (0.7 * small[60, 40] + 0.3 * colour).astype(np.uint8)                # a shadow of a ball
+    assert count_balls(frames, small, colour, PONG).tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize("picture, count", [("", 0), ("#", 1), ("##/##", 1), ("#./.#", 1), ("#.#", 2), ("#.#/#.#/###", 1), ("#../..#/#..", 3)])
+def test_blobs(picture, count):
+    rows = picture.split("/")
+    assert blobs(np.array([[c == "#" for c in row] for row in rows]).reshape(len(rows), -1)) == count
+
+
+def test_a_frame_counts_when_all_of_its_objects_are_found(target):
+    still, white = square(0, 0, 0), np.array([250] * 3)
+    other = evaluation.Target.of("ball", 0, np.array([10, 10, 13, 12]), square(10, 10, 3), still, white)
+    film = np.stack([np.maximum(square(30, 30), square(10, 10, 3)), square(30, 30)])
+    there = [target, other, replace(target, time=1), replace(other, time=1)]
+    assert recall(there, film) == (1, 2) and recall(there, film, "box") == (2, 2) and recall(there, film, "ball") == (1, 2)
+    names = {f.name: (f.value, f.baseline) for f in evaluation.recall_figures("o", [there], [film], [still[None].repeat(2, 0)])}
+    assert names == {"o": (0.5, 0), "o_ball": (0.5, 0), "o_box": (1, 0)}
+    assert evaluation.recall_figures("o", [[]], [film], [film]) == []
+
+
+# Statistics
+
+def test_interval_knows_about_clips():
+    rng = np.random.default_rng(0)
+    once = rng.normal(size=8)
+    honest, proud = figure("a", np.mean, once), figure("a", np.mean, once.repeat(100))      # 100 frames of each clip are no new clips
+    width = lambda f: f.interval[1] - f.interval[0]
+    assert honest.n == 8 and width(proud) < width(honest) / 5
+    assert honest.interval[0] < honest.value < honest.interval[1]
+    assert figure("a", np.mean, once).interval == honest.interval != figure("a", np.mean, once, seed=1).interval
+
+
+def test_a_ratio_without_anything_to_count_has_no_interval():
+    empty = figure("objects", share, [0, 0], [0, 0])
+    assert math.isnan(empty.value) and empty.interval is None
+
+
+@pytest.mark.parametrize("strange, first", [([0] * 20, 20), ([1] * 20, 0), ([0] * 3 + [1] * 15, 3), ([1] * 14 + [0] + [1] * 15, 15), ([1] * 14, 14)])
+def test_collapse(strange, first):
+    assert collapse(np.array(strange, bool)) == first
+
+
+def test_lately_is_the_mean_of_the_last_second():
+    values = np.random.default_rng(0).random((2, 40))
+    expected = [[row[max(0, t - 14):t + 1].mean() for t in range(40)] for row in values]
+    assert np.allclose(lately(values), expected)
+
+
+# Answers
+
+@pytest.mark.parametrize("groups", [[0, 0, 2], [0, 1, 2, 3], [0, 0, 0, 3, 3, 5]])
+def test_answers_of_an_oracle_and_of_the_deaf(groups):
+    true = np.random.default_rng(0).integers(0, 256, (len(groups), 8, 8, 3), np.uint8)[groups]
+    assert grouped(true).tolist() == groups
+    row = answers(true, true)
+    assert row["balanced"] == row["plain"] == 1 and math.isclose(row["chance"], 1 / len(set(groups)))
+    for always in groups:
+        deaf = answers(true[[always] * len(groups)], true)
+        assert math.isclose(deaf["balanced"], row["chance"]) and math.isclose(deaf["plain"], groups.count(always) / len(groups))
+    assert answers(true[:1].repeat(3, 0), true[:1].repeat(3, 0)) is None
+
+
+# Whole figures, with models whose score is known
+
+def test_the_real_game_is_perfect_and_finds_its_place(pong, emulator, clips):
+    keys = np.stack([clip.keys(12) for clip in clips])
+    played = np.stack(list(roll(emulator, clips, keys, PONG)), 1)
+    assert np.array_equal(played, np.stack([clip.frames(0, 12) for clip in clips]))
+    with pytest.raises(ValueError, match="No recording of"):
+        emulator.start(np.zeros((1, CONTEXT, 128, 128, 3), np.uint8), np.zeros((1, CONTEXT - 1)), PONG)
+
+
+def test_play_figures_of_the_real_game_of_a_copier_and_of_the_deaf(emulator, clips):
+    real, copier, deaf = (play_figures(model, clips, 30) for model in (emulator, Copier(), Deaf(emulator)))
+    assert of(real, "motion_ratio").value == of(real, "objects_2s").value == 1
+    assert of(real, "one_ball_2s").value == of(real, "one_ball_2s").ceiling
+    assert of(real, "rollout_psnr_10").value == 80 and of(real, "delta_psnr_8").value > 0
+    assert of(copier, "motion_ratio").value == 0
+    for name in ("rollout_psnr_10", "objects_2s", "one_ball_2s"): assert of(copier, name).value == of(copier, name).baseline
+    for h in evaluation.HORIZONS: assert of(copier, f"delta_psnr_{h}").value == of(deaf, f"delta_psnr_{h}").value == 0
+    assert of(deaf, "objects_2s").value < 1 and of(deaf, "rollout_psnr_10").value < 80
+
+
+class Painted:
+    "A model whose pixels are changed before they are shown."
+    def __init__(self, model, paint): self.start, self.model, self.paint = model.start, model, paint
+    def step(self, state, keys):
+        shown, state = self.model.step(state, keys)
+        return torch.from_numpy(self.paint(shown.numpy().copy())), state
+
+
+def test_each_fault_lowers_its_own_figure(pong, emulator, clips):
+    flat, (rows, columns) = data.resize(evaluation.background(pong), 128), evaluation.field(PONG)
+    def no_ball(frames):
+        frames[:, rows, columns] = flat[rows, columns]
+        return frames
+    def two_balls(frames):
+        frames[:, 80:83, 60:62] = 236
+        return frames
+    none, two, bright = (play_figures(Painted(emulator, paint), clips, 30)
+                         for paint in (no_ball, two_balls, lambda frames: np.minimum(frames, 253) + 2))
+    real = play_figures(emulator, clips, 30)
+    assert of(none, "one_ball_2s").value == 0 and of(none, "objects_2s").value < 1 and of(none, "motion_ratio").value < 1
+    assert of(two, "one_ball_2s").value < of(real, "one_ball_2s").value and of(two, "objects_2s").value == 1
+    assert of(bright, "objects_2s").value == 1 and of(bright, "rollout_psnr_10").value < of(none, "rollout_psnr_10").value + 10
+
+
+def test_response_figures_over_horizons():
+    choices = moments(FREEWAY, count=1, context=CONTEXT, horizon=8, seed=80_000)
+    env = data.Environment(FREEWAY)
+    plays = [data.play(env, data.player_of("mixed", FREEWAY, env.actions, s), 400, s, "mixed") for s in (80_001, 80_002)]
+    emulator = Simulator(plays)
+    real, deaf = (response_figures(model, FREEWAY, choices) for model in (emulator, Deaf(emulator)))
+    assert [f.name for f in real] == [f"action_response{kind}{end}" for end in ("_1", "", "_8") for kind in ("", "_plain")]
+    assert all(f.value == 1 and f.n == 1 for f in real)
+    assert all(math.isclose(f.value, f.baseline) for f in deaf if "plain" not in f.name)
+
+
+def test_long_figures_of_the_real_game():
+    tokenizer = Tokenizer.from_pretrained("nano")
+    playing, idle = recordings(TETRIS, 1, 40, "test"), recordings(TETRIS, 1, 40, "test", seed=1, idle=True)
+    assert {data.split_of(clip.episode.seed) for clip in playing + idle} == {"test"}
+    found = long_figures(Simulator([clip.episode for clip in playing + idle]), tokenizer, playing, idle, 40)
+    assert {f.name for f in found} == {"rollout_psnr_40", "frames_to_collapse", "noop_frames_to_collapse", "noop_psnr"}
+    assert of(found, "rollout_psnr_40").value == of(found, "noop_psnr").value == 80
+    assert of(found, "frames_to_collapse").value == of(found, "frames_to_collapse").ceiling
+    copier = long_figures(Copier(), tokenizer, playing, idle, 40)
+    assert of(copier, "frames_to_collapse").value < of(copier, "frames_to_collapse").ceiling     # a world that stands still is none
+    assert of(copier, "rollout_psnr_40").value == of(copier, "rollout_psnr_40").baseline
+
+
+def test_motion_of_a_copier_is_nothing(clips):
+    frames = clips[0].frames(0, 5)
+    assert motion(frames[:1].repeat(4, 0), frames[0]) == 0 < motion(frames, clips[0].frames(-1, 0)[0])
+
+
+def test_roll_plays_what_rollout_plays(clips):
+    world, pieces = small_world((PONG,)), [replace(clip, side=64) for clip in clips]
+    keys = np.stack([clip.keys(5) for clip in pieces])
+    both = np.stack(list(roll(world, pieces, keys, PONG)), 1)
+    for clip, alone, held in zip(pieces, both, keys):
+        again = rollout(world, *clip.seen(), PONG, held.tolist())
+        assert np.abs(alone.astype(int) - again).max() <= 1     # a batch rounds differently
+
+
+def test_clips_need_recordings_that_are_long_enough(tmp_path):
+    with pytest.raises(ValueError, match="lwm data collect"): stretches(tmp_path, PONG, 10, 2)
+    with pytest.raises(ValueError, match="too few"): stretches(SAMPLES, PONG, 360, 2)
+    assert [c.first for c in stretches(SAMPLES, PONG, 30, 4)] == [c.first for c in stretches(SAMPLES, PONG, 30, 4)]
+
+
+# The command
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["--model", "nanno"], 1, ["nanno"]),
+    (["--split", "train"], 2, ["train"]),
+    (["--clips", "many"], 2, ["many"]),
+    (["--clips", "0"], 1, ["--clips"]),
+    (["--frames", "3"], 1, ["--frames"]),
+    (["--play", "nowhere"], 1, ["nowhere", "lwm data collect"]),
+])
+def test_the_command_refuses_in_one_line(arguments, code, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert course.main(["eval", *arguments]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert all(word in lines[-1] for word in words) and "Traceback" not in " ".join(lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_measures_and_reports(tmp_path, capsys):
+    small_world().save_pretrained(tmp_path / "model")
+    out = tmp_path / "eval.json"
+    arguments = ["--model", str(tmp_path / "model"), "--play", str(SAMPLES), "--games", PONG, "--quick", "--clips", "2", "--frames", "20"]
+    assert course.main(["eval", *arguments, "--json", str(out), "--report", str(tmp_path / "page")]) == 0
+    figures = json.loads(out.read_text())["figures"]
+    names = [f["name"] for f in figures]
+    assert len(set(names)) == len(names)
+    assert {"skill", "next_frame_mse", "reconstruction_psnr", "reconstruction_objects", "token_flicker", "action_response",
+            "action_response_plain_8", "delta_psnr_4", "motion_ratio", "objects_5s", "one_ball_5s", "frames_to_collapse",
+            "noop_psnr", "rollout_psnr_20"} <= set(names)
+    assert all(f["n"] and (f["interval"] is None or f["interval"][0] <= f["interval"][1]) for f in figures)
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "ALE-Pong-v5.png" in page and (tmp_path / "page" / "ALE-Pong-v5.png").stat().st_size > 1000
+    assert "motion_ratio" in capsys.readouterr().out
