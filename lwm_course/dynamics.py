@@ -6,11 +6,12 @@
 __all__ = ['NANO_GAMES', 'DYNAMICS_SIZES', 'CURRICULUM', 'CARD', 'LIMITS', 'DynamicsConfig', 'Film', 'SpatialAttention', 'Block',
            'Dynamics', 'log_probs', 'Recipe', 'corrupt', 'own_prediction', 'dynamics_loss', 'tokenize', 'TokenClips',
            'PlayState', 'noise', 'WorldModel', 'untrained', 'changed_pixels', 'mse', 'next_frame', 'rollout', 'Moment',
-           'moments', 'held_keys', 'right_answers', 'action_response', 'evaluate', 'data_hash', 'train_tokenizer',
-           'train_dynamics', 'save_clips', 'model_card', 'train', 'print_figures', 'train_command', 'peak_memory_gb',
-           'opening', 'latencies', 'bench_command', 'run_bench']
+           'moments', 'held_keys', 'right_answers', 'action_response', 'evaluate', 'data_hash', 'Redrawn',
+           'train_tokenizer', 'train_dynamics', 'save_clips', 'model_card', 'train', 'print_figures', 'train_command',
+           'peak_memory_gb', 'opening', 'latencies', 'bench_command', 'run_bench']
 
 # %% ../nbs/07_dynamics.ipynb #b45fd891
+import functools
 import json
 import math
 import shutil
@@ -779,6 +780,20 @@ def data_hash(folder: str | Path,  # episodes, or their tokens
     found = [f"{p.parent.name}/{p.name} {p.stat().st_size}" for p in data.episodes(folder, games)]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
+# %% ../nbs/07_dynamics.ipynb #e2b97849
+class Redrawn(nn.Module):
+    "A tokenizer of which only the decoder learns: its tokens stay those that a dynamics network knows."
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.decoder, self.still = tokenizer.decoder.requires_grad_(True), [tokenizer.eval()]   # in a list: no part of what learns
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "As `Tokenizer.forward`, with no loss of the quantizer's."
+        with torch.no_grad():
+            tokenizer = self.still[0].to(frames.device)
+            tokens = tokenizer.quantizer(tokenizer.encoder(frames))[1]
+        return self.decoder(tokenizer.quantizer.code(tokens)), tokens, frames.new_zeros(())
+
 # %% ../nbs/07_dynamics.ipynb #c33029d5
 def train_tokenizer(play: str | Path,   # folder of episodes
                     games: list[str],   # to learn from
@@ -786,16 +801,20 @@ def train_tokenizer(play: str | Path,   # folder of episodes
                     config: training.TrainConfig,  # how long, how fast
                     model: TokenizerConfig = TokenizerConfig(),  # what is built
                     pairs: int = 6000,  # pairs of neighbouring frames that are held in memory
+                    motion: float = 4.0,  # weight of what moves, in the loss
+                    start: Tokenizer | None = None,  # trained before: only its decoder goes on, its tokens stay
                     quiet: bool = False # show nothing
                     ) -> Tokenizer:
     "Train a tokenizer on windows of held frames; continues an interrupted run."
     torch.manual_seed(config.seed)
-    tokenizer = Tokenizer(model)
-    take = lambda count, split: data.clips(play, games, 2, model.frame_size, count, split, config.seed)["frames"]
+    tokenizer = start or Tokenizer(model)
+    learner, side, patch = Redrawn(start) if start else tokenizer, tokenizer.config.frame_size, tokenizer.config.patch
+    take = lambda count, split: data.clips(play, games, 2, side, count, split, config.seed)["frames"]
     held = {"frames": torch.from_numpy(take(10 * len(games), "val"))}
     valid = lambda m: {k: float(v) for k, v in reconstruction_loss(m, held)[1].items()}
-    windows = FrameWindows(take(pairs, "train"), model.patch, batch=32, seed=config.seed)
-    training.fit(tokenizer, windows, reconstruction_loss, config, out, valid, data_hash(play, games), quiet=quiet)
+    windows = FrameWindows(take(pairs, "train"), patch, batch=32, seed=config.seed)
+    loss = functools.partial(reconstruction_loss, motion=motion)
+    training.fit(learner, windows, loss, config, out, valid, data_hash(play, games), quiet=quiet)
     tokenizer.save_pretrained(out)
     return tokenizer
 
@@ -906,8 +925,9 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
     print(f"5/5 figures, card -> {model}")
     wm = WorldModel(Tokenizer.from_pretrained(out / "tokenizer", "cpu", "float32"), dynamics.cpu(), model)
     ledgers = {part: json.loads((out / part / "ledger.json").read_text()) for part in ("tokenizer", "dynamics")}
-    if start and (start.folder / "ledger.json").exists():
-        ledgers["dynamics"]["start"] = json.loads((start.folder / "ledger.json").read_text())
+    for part, place in (("dynamics", ""), ("tokenizer", "tokenizer")) if start else ():
+        before = json.loads((start.folder / place / "ledger.json").read_text())
+        if before != ledgers[part]: ledgers[part]["start"] = before      # trained further, not only copied
     wm.save_pretrained(model, dtype=torch.float16)
     save_clips(model, args.games, seed=args.seed)
     for part, place in (("dynamics", model), ("tokenizer", model / "tokenizer")):
@@ -918,37 +938,52 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
     if args.json: course.save_results(args.json, args.line, figures, args.seed, model=str(model))
     print(f"\nPlay it: lwm demo --model {model}")
 
+# %% ../nbs/07_dynamics.ipynb #27dcca22
+def _tokenizer_step(args, start: WorldModel | None) -> None:
+    "Step 2 of `lwm train`: a new tokenizer, or that of a trained model, at most its decoder trained further."
+    folder, minutes = Path(args.out) / "tokenizer", args.tokenizer_minutes
+    if start and not minutes:
+        print(f"2/5 tokenizer: that of {args.start} -> {folder}")
+        shutil.copytree(start.folder / "tokenizer", folder, dirs_exist_ok=True)
+        return
+    minutes = args.minutes if minutes is None else minutes
+    print(f"2/5 tokenizer: {minutes:g} minutes{' more for the decoder' * bool(start)} -> {folder}")
+    config = training.TrainConfig(minutes=minutes, seed=args.seed, channels_last=True, lr=1e-3 if start else 2e-3, ema=0.99,
+                                  cost_per_hour=args.cost_per_hour)
+    train_tokenizer(args.play, args.games, folder, config, TOKENIZER_SIZES[args.size], start=start and start.tokenizer)
+
+
+def _dynamics_step(args, start: WorldModel | None) -> Dynamics:
+    "Steps 3 and 4 of `lwm train`: what becomes of the frames, and the network that predicts it."
+    out, minutes = Path(args.out), args.minutes if args.dynamics_minutes is None else args.dynamics_minutes
+    if not minutes:
+        print(f"3/5, 4/5 dynamics: that of {args.start} -> {out / 'dynamics'}")
+        (out / "dynamics").mkdir(parents=True, exist_ok=True)
+        shutil.copy(start.folder / "ledger.json", out / "dynamics" / "ledger.json")
+        return start.dynamics
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer", args.device)
+    print(f"3/5 tokens -> {out / 'tokens'}")
+    tokens = tokenize(tokenizer, args.play, out / "tokens", args.games)
+    print(f"4/5 dynamics: {minutes:g} minutes -> {out / 'dynamics'}")
+    names = {game: tuple(data.Environment(game).actions) for game in args.games}
+    config = training.TrainConfig(minutes=minutes, seed=args.seed, lr=args.lr, ema=0.995, weight_decay=0.05,
+                                  cost_per_hour=args.cost_per_hour)
+    return train_dynamics(tokens, names, tokenizer, out / "dynamics", config, size=args.size, start=start and start.dynamics)
+
 # %% ../nbs/07_dynamics.ipynb #dc6ad7b0
 def train(args) -> None:
     "`lwm train`: from no data at all to a model that can be played."
     if not args.minutes > 0: raise ValueError("--minutes must be above 0")
+    if any(own is not None and (own < 0 or not own and not args.start) for own in (args.tokenizer_minutes, args.dynamics_minutes)):
+        raise ValueError("--tokenizer-minutes and --dynamics-minutes must be above 0; with --start, 0 leaves a part as it is")
     if not {"train", "val"} <= {data.split_of(args.seed + i) for i in range(args.episodes)}:
         raise ValueError(f"--episodes {args.episodes}: too few, none of them would be held out to measure with; take 20 or more")
-    out, games = Path(args.out), args.games
-    minutes = lambda own: args.minutes if own is None else own
-    play = Path(args.play)
-    start = WorldModel.from_pretrained(args.start, "cpu", "float32") if args.start else None
+    start, games = WorldModel.from_pretrained(args.start, "cpu", "float32") if args.start else None, args.games
     if start and start.games != games: raise ValueError(f"{args.start} knows {start.games}: go on with these games, in this order")
-    print(f"1/5 play: {args.episodes} episodes of each of {len(games)} games -> {play}")
-    data.collect(games, play, episodes=args.episodes, workers=args.workers, seed=args.seed)
-    if start:
-        print(f"2/5 tokenizer: that of {args.start} -> {out / 'tokenizer'}")
-        shutil.copytree(start.folder / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    else:
-        print(f"2/5 tokenizer: {minutes(args.tokenizer_minutes):g} minutes -> {out / 'tokenizer'}")
-        options = dict(seed=args.seed, channels_last=True, lr=2e-3, ema=0.99, cost_per_hour=args.cost_per_hour)
-        train_tokenizer(play, games, out / "tokenizer", training.TrainConfig(minutes=minutes(args.tokenizer_minutes), **options),
-                        TOKENIZER_SIZES[args.size])
-    tokenizer = Tokenizer.from_pretrained(out / "tokenizer", args.device)
-    print(f"3/5 tokens -> {out / 'tokens'}")
-    tokens = tokenize(tokenizer, play, out / "tokens", games)
-    print(f"4/5 dynamics: {minutes(args.dynamics_minutes):g} minutes -> {out / 'dynamics'}")
-    names = {game: tuple(data.Environment(game).actions) for game in games}
-    options = dict(seed=args.seed, lr=args.lr, ema=0.995, weight_decay=0.05, cost_per_hour=args.cost_per_hour)
-    config = training.TrainConfig(minutes=minutes(args.dynamics_minutes), **options)
-    dynamics = train_dynamics(tokens, names, tokenizer, out / "dynamics", config, size=args.size,
-                              start=start and start.dynamics)
-    _finish(args, start, dynamics)
+    print(f"1/5 play: {args.episodes} episodes of each of {len(games)} games -> {args.play}")
+    data.collect(games, args.play, episodes=args.episodes, workers=args.workers, seed=args.seed)
+    _tokenizer_step(args, start)
+    _finish(args, start, _dynamics_step(args, start))
 
 # %% ../nbs/07_dynamics.ipynb #2a3bfea4
 def print_figures(figures: list[course.Figure]) -> None:
@@ -966,10 +1001,10 @@ def train_command(parser) -> None:
     parser.add_argument("--games", nargs="+", default=NANO_GAMES, help="games to learn (default: the five of the shipped model)")
     parser.add_argument("--episodes", type=int, default=20, help="recorded episodes per game, 68 s each (default: 20)")
     parser.add_argument("--minutes", type=float, default=10, help="training time of each of the two networks (default: 10)")
-    parser.add_argument("--start", help="go on from this model (shipped name, folder or Hub id): its tokenizer, its weights")
+    parser.add_argument("--start", help="go on from this model (shipped name, folder or Hub id): its tokens, its weights")
     parser.add_argument("--size", choices=list(DYNAMICS_SIZES), default="nano", help="of both networks, if new (default: nano)")
-    parser.add_argument("--tokenizer-minutes", type=float, help="training time of the tokenizer")
-    parser.add_argument("--dynamics-minutes", type=float, help="training time of the dynamics")
+    parser.add_argument("--tokenizer-minutes", type=float, help="training time of the tokenizer; with --start of its decoder (default there: 0)")
+    parser.add_argument("--dynamics-minutes", type=float, help="training time of the dynamics; with --start, 0 leaves them as they are")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the dynamics (default: 0.001)")
     parser.add_argument("--workers", type=int, help="processes that record play (default: one per core)")
     parser.add_argument("--device", default="auto", help="device for tokens and figures (default: auto)")

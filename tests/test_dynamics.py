@@ -344,6 +344,7 @@ def test_recipe_switches_change_the_loss():
     (["train", "--episodes", "0"], 1, ["episodes"]),
     (["train", "--episodes", "5"], 1, ["--episodes 5", "held out"]),
     (["train", "--minutes", "0"], 1, ["minutes"]),
+    (["train", "--dynamics-minutes", "0"], 1, ["--dynamics-minutes", "--start"]),
     (["train", "--start", "nano", "--games", PONG], 1, [PONG, FREEWAY]),
     (["train", "--start", "nanno"], 1, ["nano"]),
 ])
@@ -393,6 +394,14 @@ def test_train_from_nothing_then_on_from_there(tmp_path, capsys):
     names = {figure["name"] for figure in json.loads((tmp_path / "train.json").read_text())["figures"]}
     assert {"reconstruction_psnr", "skill", "changed_psnr", "action_response"} <= names
     assert "lwm demo --model" in capsys.readouterr().out
+    three = tmp_path / "three"      # the decoder alone: same tokens, other pictures
+    own = ["--tokenizer-minutes", "0.05", "--dynamics-minutes", "0", "--out", str(three), "--start", str(two / "model")]
+    assert course.main(["train", *common[:-2], *own]) == 0
+    last, same = WorldModel.from_pretrained(three / "model", "cpu", "float32"), lambda a, b: all(map(torch.equal, a.parameters(), b.parameters()))
+    assert same(last.tokenizer.encoder, after.tokenizer.encoder) and same(last.dynamics, after.dynamics)
+    assert not same(last.tokenizer.decoder, after.tokenizer.decoder)
+    card = (three / "model" / "README.md").read_text()
+    assert "tokenizer, run 2" in card and "dynamics, run 2" in card and "dynamics, run 3" not in card
 
 
 # The shipped model
