@@ -220,8 +220,8 @@ def figure(name: str,
 
 
 def decibel(error) -> float:
-    "PSNR of squared errors of colours from 0 to 1; frames without any error count as 80 dB."
-    return -10 * math.log10(max(float(np.mean(error)), 1e-8))
+    "PSNR of squared errors of colours from 0 to 1, nan where there was nothing to measure; no error at all counts as 80 dB."
+    return -10 * math.log10(max(float(np.nanmean(error)), 1e-8))
 
 
 def share(found, of) -> float:
