@@ -926,7 +926,8 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
     wm = WorldModel(Tokenizer.from_pretrained(out / "tokenizer", "cpu", "float32"), dynamics.cpu(), model)
     ledgers = {part: json.loads((out / part / "ledger.json").read_text()) for part in ("tokenizer", "dynamics")}
     for part, place in (("dynamics", ""), ("tokenizer", "tokenizer")) if start else ():
-        before = json.loads((start.folder / place / "ledger.json").read_text())
+        old = start.folder / place / "ledger.json"
+        before = json.loads(old.read_text()) if old.exists() else ledgers[part]
         if before != ledgers[part]: ledgers[part]["start"] = before      # trained further, not only copied
     wm.save_pretrained(model, dtype=torch.float16)
     save_clips(model, args.games, seed=args.seed)
@@ -941,12 +942,12 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
 # %% ../nbs/07_dynamics.ipynb #27dcca22
 def _tokenizer_step(args, start: WorldModel | None) -> None:
     "Step 2 of `lwm train`: a new tokenizer, or that of a trained model, at most its decoder trained further."
-    folder, minutes = Path(args.out) / "tokenizer", args.tokenizer_minutes
-    if start and not minutes:
+    folder, usual = Path(args.out) / "tokenizer", 0 if start else args.minutes
+    minutes = usual if args.tokenizer_minutes is None else args.tokenizer_minutes
+    if not minutes:
         print(f"2/5 tokenizer: that of {args.start} -> {folder}")
         shutil.copytree(start.folder / "tokenizer", folder, dirs_exist_ok=True)
         return
-    minutes = args.minutes if minutes is None else minutes
     print(f"2/5 tokenizer: {minutes:g} minutes{' more for the decoder' * bool(start)} -> {folder}")
     config = training.TrainConfig(minutes=minutes, seed=args.seed, channels_last=True, lr=1e-3 if start else 2e-3, ema=0.99,
                                   cost_per_hour=args.cost_per_hour)
@@ -1003,8 +1004,10 @@ def train_command(parser) -> None:
     parser.add_argument("--minutes", type=float, default=10, help="training time of each of the two networks (default: 10)")
     parser.add_argument("--start", help="go on from this model (shipped name, folder or Hub id): its tokens, its weights")
     parser.add_argument("--size", choices=list(DYNAMICS_SIZES), default="nano", help="of both networks, if new (default: nano)")
-    parser.add_argument("--tokenizer-minutes", type=float, help="training time of the tokenizer; with --start of its decoder (default there: 0)")
-    parser.add_argument("--dynamics-minutes", type=float, help="training time of the dynamics; with --start, 0 leaves them as they are")
+    parser.add_argument("--tokenizer-minutes", type=float,
+                        help="training time of the tokenizer; with --start of its decoder (default there: 0)")
+    parser.add_argument("--dynamics-minutes", type=float,
+                        help="training time of the dynamics; with --start, 0 leaves them as they are")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the dynamics (default: 0.001)")
     parser.add_argument("--workers", type=int, help="processes that record play (default: one per core)")
     parser.add_argument("--device", default="auto", help="device for tokens and figures (default: auto)")

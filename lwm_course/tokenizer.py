@@ -888,9 +888,8 @@ def run_ablate(args) -> None:
             print(f"Without the loss 'lpips': {error}")
             losses.remove("lpips")
     seeds = args.seeds or [args.seed]
-    command = f"lwm ablate --steps {args.steps} --seeds {' '.join(map(str, seeds))}{' --full' * args.full}"
     shared = Ablation(str(args.play), args.games, args.steps)
-    rows = ablate(shared, combinations(args.quantizers, losses, args.full), seeds, args.json, command)
+    rows = ablate(shared, combinations(args.quantizers, losses, args.full), seeds, args.json, args.line)
     print(ablation_table(rows))
 
 
@@ -903,6 +902,6 @@ def ablate_command(parser) -> None:
     parser.add_argument("--steps", type=int, default=Ablation.steps, help=f"of each run (default: {Ablation.steps})")
     parser.add_argument("--play", default=Ablation.play, help="folder of episodes (default: the samples of the repository)")
     parser.add_argument("--games", nargs="+", default=list(Ablation.games), help="to learn (default: those with a known ball)")
-    parser.add_argument("--json", "--out", default="results/ablation.json", 
+    parser.add_argument("--json", "--out", default="results/ablation.json",
                         help="results; run again to continue (default: results/ablation.json)")
     parser.set_defaults(run=run_ablate)
