@@ -7,10 +7,10 @@ __all__ = ['FPS', 'FRAME_SKIP', 'SCRIPTS', 'PLAYERS', 'KEYS', 'BLANK', 'OBJECTS'
            'SAMPLE_FRAMES', 'CARD', 'games', 'spec_of', 'flicker', 'resize', 'Environment', 'Episode', 'digest',
            'write_episode', 'read_episode', 'to_palette', 'Chance', 'StickyRandom', 'script', 'toward', 'Scripted',
            'Mixed', 'player_of', 'Person', 'half_blocks', 'Keyboard', 'versions', 'play', 'slug', 'episode_path',
-           'cores', 'run_jobs', 'collect', 'split_of', 'episodes', 'clips', 'blank_frames', 'frozen_frames',
-           'check_episode', 'validate', 'evenness', 'vendi', 'scenes', 'diversity', 'Sprite', 'background', 'drawn',
-           'preprocess', 'record', 'read_actions', 'video_frames', 'video_rate', 'import_video', 'import_videos',
-           'samples', 'sample_card', 'bench', 'step_once', 'data_command']
+           'cores', 'run_jobs', 'collect', 'split_of', 'episodes', 'recorded_games', 'clips', 'blank_frames',
+           'frozen_frames', 'check_episode', 'validate', 'evenness', 'vendi', 'scenes', 'diversity', 'Sprite',
+           'background', 'drawn', 'preprocess', 'record', 'read_actions', 'video_frames', 'video_rate', 'import_video',
+           'import_videos', 'samples', 'sample_card', 'bench', 'step_once', 'data_command']
 
 # %% ../nbs/01_data.ipynb #f1eb77fa
 import argparse
@@ -912,6 +912,11 @@ def episodes(
     found = [path for path in sorted(Path(folder).glob("*/[0-9]*.npz")) if wanted is None or path.parent.name in wanted]
     return [path for path in found if split is None or split_of(int(path.stem.split("-")[0])) == split]
 
+
+def recorded_games(folder: str | Path) -> list[str]:   # sorted
+    "The games of which a folder has episodes."
+    return sorted(read_episode(path).game for path in {path.parent: path for path in episodes(folder)}.values())
+
 # %% ../nbs/01_data.ipynb #71cb9ac5
 def clips(
     folder: str | Path,         # of a collection
@@ -921,11 +926,13 @@ def clips(
     count: int,                 # clips over all games
     split: str = "train",       # of the episodes they come from
     seed: int = 0,              # of the choice
-) -> dict[str, np.ndarray]:     # frames uint8 (N, length, size, size, 3), actions int64 (N, length-1), game int64 (N,)
+) -> dict[str, np.ndarray]:     # frames uint8 (N, length, size, size, 3), actions int64 (N, length-1), game int64 (N,);
+    # ram uint8 (N, length, 128), where an episode has none: zeros
     "Random short clips: every game equally often, every episode of a game equally likely."
     chance = Chance("clips", seed, split)
     frames = np.empty((count, length, size, size, 3), np.uint8)
     actions, number = np.empty((count, length - 1), np.int64), np.arange(count) % len(games)
+    ram = np.zeros((count, length, 128), np.uint8)
     for g, game in enumerate(games):
         paths, wanted = episodes(folder, [game], split), {}
         if not paths:
@@ -941,7 +948,8 @@ def clips(
                 part = episode.indices[start:start + length]
                 frames[n] = resize(part if episode.palette is None else episode.palette[part], size)
                 actions[n] = episode.actions[start:start + length - 1]
-    return dict(frames=frames, actions=actions, game=number)
+                if episode.ram is not None: ram[n] = episode.ram[start:start + length]
+    return dict(frames=frames, actions=actions, game=number, ram=ram)
 
 # %% ../nbs/01_data.ipynb #e869141a
 BLANK = 16      # brightest minus darkest pixel below this: nothing to see (0-255)

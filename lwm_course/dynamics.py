@@ -7,8 +7,8 @@ __all__ = ['NANO_GAMES', 'DYNAMICS_SIZES', 'CURRICULUM', 'CARD', 'LIMITS', 'Dyna
            'Dynamics', 'log_probs', 'Recipe', 'corrupt', 'own_prediction', 'dynamics_loss', 'tokenize', 'TokenClips',
            'PlayState', 'noise', 'WorldModel', 'untrained', 'changed_pixels', 'mse', 'next_frame', 'rollout', 'Moment',
            'moments', 'held_keys', 'right_answers', 'action_response', 'evaluate', 'data_hash', 'Redrawn',
-           'train_tokenizer', 'train_dynamics', 'save_clips', 'model_card', 'train', 'print_figures', 'train_command',
-           'peak_memory_gb', 'opening', 'latencies', 'bench_command', 'run_bench']
+           'train_tokenizer', 'train_dynamics', 'save_clips', 'model_card', 'tokenizer_shape', 'train', 'print_figures',
+           'train_command', 'peak_memory_gb', 'opening', 'latencies', 'bench_command', 'run_bench']
 
 # %% ../nbs/07_dynamics.ipynb #b45fd891
 import functools
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from . import course, data, training
 from .ssm import Mamba2
 from .tokenizer import (
-    TOKENIZER_SIZES, FrameWindows, Tokenizer, TokenizerConfig, find_pretrained, push_folder, reconstruction_loss)
+    QUANTIZERS, TOKENIZER_SIZES, FrameWindows, Tokenizer, TokenizerConfig, find_pretrained, push_folder, reconstruction_loss)
 
 # %% ../nbs/07_dynamics.ipynb #408ecf8e
 NANO_GAMES = ["ALE/Pong-v5", "ALE/Breakout-v5", "ALE/Freeway-v5", "ALE/Kangaroo-v5", "ALE/Tetris-v5"]
@@ -940,6 +940,12 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
     print(f"\nPlay it: lwm demo --model {model}")
 
 # %% ../nbs/07_dynamics.ipynb #27dcca22
+def tokenizer_shape(args) -> TokenizerConfig:   # of the options of `lwm train`
+    "The tokenizer of a size, with what the options change in it."
+    named = {"frame_size": args.frame_size, "patch": args.patch, "quantizer": args.quantizer}
+    return replace(TOKENIZER_SIZES[args.size], **{key: value for key, value in named.items() if value is not None})
+
+
 def _tokenizer_step(args, start: WorldModel | None) -> None:
     "Step 2 of `lwm train`: a new tokenizer, or that of a trained model, at most its decoder trained further."
     folder, usual = Path(args.out) / "tokenizer", 0 if start else args.minutes
@@ -951,7 +957,7 @@ def _tokenizer_step(args, start: WorldModel | None) -> None:
     print(f"2/5 tokenizer: {minutes:g} minutes{' more for the decoder' * bool(start)} -> {folder}")
     config = training.TrainConfig(minutes=minutes, seed=args.seed, channels_last=True, lr=1e-3 if start else 2e-3, ema=0.99,
                                   cost_per_hour=args.cost_per_hour)
-    train_tokenizer(args.play, args.games, folder, config, TOKENIZER_SIZES[args.size], start=start and start.tokenizer)
+    train_tokenizer(args.play, args.games, folder, config, tokenizer_shape(args), start=start and start.tokenizer)
 
 
 def _dynamics_step(args, start: WorldModel | None) -> Dynamics:
@@ -975,6 +981,10 @@ def _dynamics_step(args, start: WorldModel | None) -> Dynamics:
 def train(args) -> None:
     "`lwm train`: from no data at all to a model that can be played."
     if not args.minutes > 0: raise ValueError("--minutes must be above 0")
+    if args.quantizer == "none" and not args.tokenizer_only:
+        raise ValueError("--quantizer none makes no tokens, and dynamics predict tokens: add --tokenizer-only")
+    if args.start and (shape := [args.frame_size, args.patch, args.quantizer]) != [None] * 3:
+        raise ValueError(f"--start keeps the tokens of {args.start}: leave out --frame-size, --patch and --quantizer, got {shape}")
     if any(own is not None and (own < 0 or not own and not args.start) for own in (args.tokenizer_minutes, args.dynamics_minutes)):
         raise ValueError("--tokenizer-minutes and --dynamics-minutes must be above 0; with --start, 0 leaves a part as it is")
     if not {"train", "val"} <= {data.split_of(args.seed + i) for i in range(args.episodes)}:
@@ -984,7 +994,8 @@ def train(args) -> None:
     print(f"1/5 play: {args.episodes} episodes of each of {len(games)} games -> {args.play}")
     data.collect(games, args.play, episodes=args.episodes, workers=args.workers, seed=args.seed)
     _tokenizer_step(args, start)
-    _finish(args, start, _dynamics_step(args, start))
+    if args.tokenizer_only: print(f"\nMeasure it: lwm eval --model {Path(args.out) / 'tokenizer'} --play {args.play}")
+    else: _finish(args, start, _dynamics_step(args, start))
 
 # %% ../nbs/07_dynamics.ipynb #2a3bfea4
 def print_figures(figures: list[course.Figure]) -> None:
@@ -1004,6 +1015,10 @@ def train_command(parser) -> None:
     parser.add_argument("--minutes", type=float, default=10, help="training time of each of the two networks (default: 10)")
     parser.add_argument("--start", help="go on from this model (shipped name, folder or Hub id): its tokens, its weights")
     parser.add_argument("--size", choices=list(DYNAMICS_SIZES), default="nano", help="of both networks, if new (default: nano)")
+    parser.add_argument("--tokenizer-only", action="store_true", help="stop after the tokenizer")
+    parser.add_argument("--frame-size", type=int, help="side of a new tokenizer's frames, pixels (default: that of --size)")
+    parser.add_argument("--patch", type=int, choices=[8, 16], help="pixels per side that one token covers (default: that of --size)")
+    parser.add_argument("--quantizer", choices=list(QUANTIZERS), help="of a new tokenizer (default: fsq)")
     parser.add_argument("--tokenizer-minutes", type=float,
                         help="training time of the tokenizer; with --start of its decoder (default there: 0)")
     parser.add_argument("--dynamics-minutes", type=float,

@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 
 from lwm_course import course
 from lwm_course import tokenizer as chapter
+from lwm_course import training
 from lwm_course.data import episodes, read_episode
-from lwm_course.tokenizer import (FSQ, LOSSES, LSQ, QUANTIZERS, THOUSAND, VQ, Ablation, Companded, Critic, Encoder, FrameWindows, Hybrid,
-                                  Judged, Probe, RVQ, Scalar, Tokenizer, TokenizerConfig, ablate, changed_mask, combinations,
-                                  examine, find_pretrained, patches_changed, perplexity, reconstruction_loss, to_float, to_uint8,
-                                  token_flicker)
+from lwm_course.tokenizer import (FSQ, LOSSES, LSQ, QUANTIZERS, THOUSAND, VQ, Ablation, Companded, Continuous, Critic, Encoder,
+                                  FrameWindows, Hybrid, Judged, Probe, RVQ, Scalar, Tokenizer, TokenizerConfig, ablate,
+                                  ablation_table, changed_mask, combinations, data_hash, examine, patches_changed, perplexity,
+                                  reconstruction_loss, to_float, to_uint8, token_flicker, train_tokenizer)
 from lwm_course.training import TrainConfig, fit
 
 some = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SMALL = dict(frame_size=32, levels=(4, 3, 3), codes=24, code_dim=5, encoder_width=24, encoder_depth=1, width=16, depth=1)
-quantizers = pytest.mark.parametrize("quantizer", list(QUANTIZERS))
+every = pytest.mark.parametrize("quantizer", list(QUANTIZERS))
+quantizers = pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name != "none"])   # those with codes
 both_patches = pytest.mark.parametrize("patch", [8, 16])
 
 
@@ -163,7 +165,7 @@ def test_tokens_of_every_quantizer_are_in_range_and_stand_for_its_code(quantizer
     assert torch.equal(quantizer(z)[1], tokens), "at play nothing moves"
 
 
-@quantizers
+@every
 @some
 @given(**sizes)
 def test_gradient_of_every_quantizer_reaches_its_input(quantizer, levels, codes, dim, seed):
@@ -173,7 +175,7 @@ def test_gradient_of_every_quantizer_reaches_its_input(quantizer, levels, codes,
     weight = torch.randn(6, quantizer.dim)
     (quantizer(z)[0] * weight).sum().backward()
     slope = torch.ones_like(z)
-    if name == "fsq": slope = 1 - z.detach().tanh() ** 2
+    if name in ("fsq", "none"): slope = 1 - z.detach().tanh() ** 2
     if name == "hybrid": slope[:, :quantizer.fsq.dim] = 1 - z.detach()[:, :quantizer.fsq.dim].tanh() ** 2
     assert torch.allclose(z.grad, weight * slope, atol=1e-4)
 
@@ -227,7 +229,17 @@ def test_second_stage_makes_the_residual_smaller():
 
 
 def test_a_thousand_codes_each():
-    assert {QUANTIZERS[name](TokenizerConfig(quantizer=name, **THOUSAND[name])).size for name in QUANTIZERS} == {1000}
+    made = {name: QUANTIZERS[name](TokenizerConfig(quantizer=name, **THOUSAND[name])) for name in QUANTIZERS}
+    assert all(quantizer.size == (0 if name == "none" else 1000) for name, quantizer in made.items())
+    assert made["none"].dim == made["vq"].dim, "the ceiling of VQ has a code as long"
+
+
+@some
+@given(dim=st.integers(1, 16), seed=st.integers(0, 99), scale=st.sampled_from([0.01, 1, 100]))
+def test_without_a_quantizer_nothing_is_rounded_and_everything_is_bounded(dim, seed, scale):
+    z = scale * torch.randn(3, 4, 5, dim, generator=torch.Generator().manual_seed(seed))
+    code, tokens, loss = Continuous(dim)(z)
+    assert tokens is None and loss == 0 and code.shape == z.shape and torch.equal(code, z.tanh())
 
 
 @pytest.mark.parametrize("levels", [(), (1, 5), (5, 0)])
@@ -260,6 +272,32 @@ def test_shapes_and_ranges(quantizer, patch):
 
 
 @quantizers
+@both_patches
+@some
+@given(count=st.integers(1, 4), seed=st.integers(0, 99))
+def test_reconstruct_is_there_and_back(quantizer, patch, count, seed):
+    model, batch = small(quantizer, seed, patch=patch), frames(count, seed=seed)
+    whole = model.reconstruct(batch)
+    assert whole.dtype == torch.uint8 and whole.shape == (count, 32, 32, 3)
+    assert torch.equal(whole, model.decode(model.encode(batch))) and torch.equal(whole, model.reconstruct(torch.from_numpy(batch)))
+
+
+def test_a_plain_autoencoder_draws_and_says_that_it_has_no_tokens():
+    model, batch = small("none"), frames(3)
+    out = model.reconstruct(batch)
+    with torch.no_grad(): expected = to_uint8(model(to_float(torch.from_numpy(batch)))[0])
+    assert torch.equal(out, expected) and out.shape == (3, 32, 32, 3) and model.codebook_size == 0
+    for way in (lambda: model.encode(batch), lambda: model.encode_video(batch), lambda: model.decode(torch.zeros(1, 4, 4, dtype=torch.long))):
+        with pytest.raises(ValueError, match="no tokens: use reconstruct"): way()
+
+
+@every
+def test_reconstruct_names_what_is_wrong(quantizer):
+    with pytest.raises(ValueError, match="uint8 in 0..255"): small(quantizer).reconstruct(frames() / 255)
+    with pytest.raises(ValueError, match=r"got \(2, 16, 16, 3\): use data.resize"): small(quantizer).reconstruct(frames(2, 16))
+
+
+@every
 def test_gradients_reach_every_weight(quantizer):
     model = small(quantizer).train()
     for block in model.modules():   # residual branches begin at 0
@@ -295,7 +333,7 @@ def test_frames_of_a_batch_do_not_mix():
     assert torch.equal(model.encode(batch)[1], model.encode(batch[1:2])[0])
 
 
-@quantizers
+@every
 def test_training_is_deterministic_under_a_seed(quantizer):
     def run(seed):
         model = small(quantizer, seed)
@@ -524,9 +562,28 @@ def test_a_perfect_tokenizer_scores_as_one(repository):
     class Perfect:
         config, codebook_size = TokenizerConfig(**SMALL), 36
         encode = staticmethod(lambda frames: torch.from_numpy(frames.reshape(len(frames), 4, 8, 4, -1).sum((2, 4)).astype(int) % 36))
-        decode = staticmethod(lambda tokens: torch.from_numpy(np.where(np.arange(32)[None, :, None, None] > 0, probe.true, 1)))
+        reconstruct = staticmethod(lambda frames: torch.from_numpy(np.where(np.arange(32)[None, :, None, None] > 0, frames, 1)))
     found = examine(Perfect, [probe])
     assert found["balls"] == 1 and found["flicker"] == 0 and found["psnr"] > 25 and 1 <= found["perplexity"] <= found["used"]
+
+
+def test_without_tokens_the_picture_is_judged_alone(repository):
+    probe = Probe.of(read_episode(episodes(repository / "data_samples", [GAME], "val")[0]), 3, 32)
+    found, coded = examine(small("none"), [probe]), examine(small("vq"), [probe])
+    assert found.keys() == coded.keys() and all(math.isfinite(found[key]) for key in ("psnr", "moving_psnr", "balls"))
+    assert math.isnan(found["perplexity"]) and math.isnan(found["flicker"]) and found["used"] == 0
+    assert coded["flicker"] == 0 and 1 <= coded["perplexity"] <= coded["used"]
+
+
+def test_ablation_goes_on_from_rows_without_codes(shared, tmp_path):
+    path, chosen = tmp_path / "a.json", [("none", "motion"), ("fsq", "motion")]
+    rows = ablate(shared, chosen[:1], [0, 1], path, quiet=True)
+    assert [row["codes"] for row in rows] == [0, 0] and "NaN" not in path.read_text()
+    rows = ablate(shared, chosen, [0, 1], path, quiet=True)
+    assert [(row["quantizer"], row["seed"]) for row in rows] == [("none", 0), ("none", 1), ("fsq", 0), ("fsq", 1)]
+    shown = str(ablation_table(rows))
+    [none, fsq] = [[line for line in shown.splitlines() if name in line][0] for name in ("none", "fsq")]
+    assert none.count(" - ") == 2 and fsq.count(" - ") == 0 and "nan" not in shown
 
 
 def test_windows_are_a_function_of_the_step_and_keep_to_the_grid():
@@ -549,6 +606,55 @@ def test_half_of_the_windows_hold_something_that_moves():
 @pytest.mark.parametrize("shape, kind", [((3, 64, 64, 3), np.uint8), ((3, 3, 64, 64, 3), np.uint8), ((3, 2, 64, 64, 3), np.float32)])
 def test_windows_refuse_what_is_no_pair(shape, kind):
     with pytest.raises(ValueError, match=r"pairs must be uint8 \(N, 2, H, W, 3\)"): FrameWindows(np.zeros(shape, kind))
+
+
+# Training at length
+
+TINY = TokenizerConfig(**{**SMALL, "quantizer": "vq"})
+
+
+def at_length(repository, out, model=TINY, games=(GAME,), steps=3, **more):
+    settings = TrainConfig(steps=steps, lr=0.05, device="cpu", dtype="float32", valid_every=2)
+    return train_tokenizer(repository / "data_samples", list(games), out, settings, model, pairs=6, quiet=True, **more)
+
+
+def state(model): return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq", "none"])
+def test_trained_at_length_is_saved_with_its_ledger(repository, tmp_path, quantizer):
+    model = at_length(repository, tmp_path, TokenizerConfig(**{**SMALL, "quantizer": quantizer}))
+    assert not model.training, "a codebook in training moves when it is asked"
+    loaded = Tokenizer.from_pretrained(tmp_path, "cpu", "float32")
+    assert torch.equal(loaded.reconstruct(frames()), model.reconstruct(frames()))
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["status"] == "finished" and ledger["data_hash"] == data_hash(repository / "data_samples", [GAME])
+    assert math.isfinite(ledger["metrics"]["valid_psnr"])
+    before = state(model)
+    again = at_length(repository, tmp_path, TokenizerConfig(**{**SMALL, "quantizer": quantizer}))
+    assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items()), "what is finished is not trained again"
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq", "none"])
+def test_from_a_start_only_the_decoder_goes_on(repository, tmp_path, quantizer):
+    small(quantizer).save_pretrained(tmp_path / "start")
+    start = Tokenizer.from_pretrained(tmp_path / "start", "cpu", "float32")
+    before = state(start)
+    further = at_length(repository, tmp_path / "run", start=start)
+    moved = {name.split(".")[0] for name, value in further.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"decoder"} and further.config == start.config
+
+
+def test_hash_of_the_data_knows_names_and_sizes(tmp_path):
+    def write(name, size):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+        return data_hash(tmp_path, ["ALE/Pong-v5"])
+    first = write("ALE-Pong-v5/000001.npz", 10)
+    assert len(first) == 16 and write("ALE-Pong-v5/000001.npz", 10) == first
+    more = write("ALE-Pong-v5/000002.npz", 10)
+    longer = write("ALE-Pong-v5/000002.npz", 11)
+    assert len({first, more, longer}) == 3 and write("ALE-Breakout-v5/000001.npz", 10) == longer, "other games do not count"
 
 
 # Wrong input is named
@@ -625,7 +731,7 @@ def shelf(tmp_path, monkeypatch):
     (tmp_path / "models" / "nano").mkdir(parents=True)
     (tmp_path / "models" / "nano" / "config.json").write_text("{}")
     small().save_pretrained(tmp_path / "models" / "nano" / "tokenizer")
-    monkeypatch.setattr(chapter, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(training, "MODELS", tmp_path / "models")
     return tmp_path
 
 
@@ -636,15 +742,6 @@ def test_shipped_name_gives_the_tokenizer_of_the_world_model(shelf):
 @pytest.mark.parametrize("name", ["nan", "nanno", "Nano"])
 def test_unknown_name_gets_the_nearest(shelf, name):
     with pytest.raises(ValueError, match=f"Unknown model '{name}'. Did you mean nano"): Tokenizer.from_pretrained(name)
-
-
-def test_missing_folder_is_named_without_a_network(shelf, monkeypatch):
-    import huggingface_hub
-
-    def offline(name): raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="no folder runs/mine here.*Shipped models: nano"): find_pretrained("runs/mine")
 
 
 @pytest.mark.parametrize("keep", [0, 100, -50])

@@ -19,8 +19,9 @@ from torch import nn
 
 from lwm_course import training
 from lwm_course.course import Budget, MissingExtra
-from lwm_course.training import (EMA, Diverged, Run, Summary, TrainConfig, advance, batches, fit, interval, load_checkpoint,
-                                 load_model, plot_history, psnr, restore, save, save_model, schedule, shard, ssim, to_device)
+from lwm_course.training import (EMA, Diverged, Run, Summary, TrainConfig, advance, batches, find_pretrained, fit, interval,
+                                 load_checkpoint, load_model, plot_history, psnr, push_folder, restore, save, save_model, schedule,
+                                 shard, ssim, to_device)
 
 # One small net with everything that could break exactness: dropout, a buffer that moves, noise in the loss.
 
@@ -263,6 +264,60 @@ def test_save_model(tmp_path):
     assert model[0].weight.dtype == torch.float32
 
 
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    "A folder of shipped models with one, `nano`, and one that is not complete."
+    for name in ("nano", "half"): (tmp_path / "models" / name).mkdir(parents=True)
+    save_model(tmp_path / "models" / "nano", net(), {})
+    monkeypatch.setattr(training, "MODELS", tmp_path / "models")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["nan", "nanno", "Nano", "half"])
+def test_unknown_model_gets_the_nearest(shelf, name):
+    assert find_pretrained("nano") == shelf / "models" / "nano"
+    with pytest.raises(ValueError, match=f"Unknown model '{name}'. (Did you mean|Known:) nano"): find_pretrained(name)
+
+
+def test_folder_is_a_model_and_goes_before_the_hub(shelf, monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: pytest.fail("it asks the Hub"))
+    monkeypatch.chdir(shelf / "models")
+    assert find_pretrained(shelf / "models" / "half") == shelf / "models" / "half"
+    assert find_pretrained("../models") == Path("../models")
+
+
+def test_model_of_the_hub_is_downloaded(shelf, monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(shelf / "cache" / name))
+    assert find_pretrained("someone/something") == shelf / "cache" / "someone" / "something"
+
+
+def test_missing_folder_is_named_without_a_network(shelf, monkeypatch):
+    import huggingface_hub
+
+    def offline(name): raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="no folder runs/mine here.*Shipped models: nano"): find_pretrained("runs/mine")
+
+
+def test_upload_sends_what_is_saved(monkeypatch):
+    import huggingface_hub
+    sent = []
+
+    class Api:
+        def create_repo(self, repo, private, exist_ok): sent.append((repo, private, exist_ok))
+        def upload_folder(self, repo_id, folder_path):
+            sent.append(weights(net(9)).keys() == load_model(folder_path)[0].keys())
+            return f"https://hub/{repo_id}"
+
+    model = types.SimpleNamespace(save_pretrained=lambda folder: save_model(folder, net(), {}))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push_folder(model, "someone/something", True) == "https://hub/someone/something"
+    assert sent == [("someone/something", True, True), True]
+
+
 # Divergence
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
@@ -328,6 +383,22 @@ def test_layout_of_convolutions():
     model = nn.Conv2d(3, 8, 3)
     run = Run(model, loss, config(channels_last=True))
     assert model.weight.is_contiguous(memory_format=torch.channels_last) and run.model is model
+
+
+def test_curve_that_grows_is_of_ones_own_drawing(monkeypatch):
+    pytest.importorskip("IPython"), pytest.importorskip("matplotlib")
+    seen = []
+    monkeypatch.setattr(training, "_in_notebook", lambda: True)
+
+    def draw(history):
+        seen.append([row for row in history if "valid_loss" in row])
+        return plot_history(history, ["valid_loss"])
+
+    history = fit(net(), batch_at, loss, config(), valid=valid, draw=draw).history
+    measured = [row for row in history if "valid_loss" in row]
+    assert seen[-1] == measured and [row["step"] for row in measured] == [16, 32, 40]
+    times = [row["elapsed"] for row in history]
+    assert times == sorted(times) and times[0] > 0, "every row says when"
 
 
 def test_schedule_is_never_negative_and_ends_at_zero():
