@@ -934,9 +934,9 @@ COMMANDS = {
     "train":  ("dynamics", "train a tokenizer and a world model"),
     "play":   ("demo", "play a world model in the browser, on this machine only"),
     "demo":   ("demo", "serve the demo page"),
-    "bench":  ("dynamics", "measure key-to-pixels latency, frames per second and memory"),
+    "bench":  ("evaluation", "measure key-to-pixels latency, frames per second and memory"),
     "eval":   ("evaluation", "measure a world model beside copying and beside the real game"),
-    "ablate": ("tokenizer", "train every loss and every quantizer of a tokenizer at equal steps"),
+    "ablate": ("ablation", "train every loss and every quantizer of a tokenizer at equal steps"),
     "report": ("course", "print the milestones: target, measured, verdict, and what was spent"),
     "check":  ("course", "run your exercises' checks and a chapter's gate"),
 }

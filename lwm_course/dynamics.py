@@ -6,16 +6,13 @@
 __all__ = ['NANO_GAMES', 'DYNAMICS_SIZES', 'CURRICULUM', 'CARD', 'LIMITS', 'DynamicsConfig', 'Film', 'SpatialAttention', 'Block',
            'Dynamics', 'log_probs', 'Recipe', 'corrupt', 'own_prediction', 'dynamics_loss', 'tokenize', 'TokenClips',
            'PlayState', 'noise', 'WorldModel', 'untrained', 'changed_pixels', 'mse', 'next_frame', 'rollout', 'Moment',
-           'moments', 'held_keys', 'right_answers', 'action_response', 'evaluate', 'data_hash', 'Redrawn',
-           'train_tokenizer', 'train_dynamics', 'save_clips', 'model_card', 'tokenizer_shape', 'train', 'print_figures',
-           'train_command', 'peak_memory_gb', 'opening', 'latencies', 'bench_command', 'run_bench']
+           'moments', 'held_keys', 'right_answers', 'action_response', 'evaluate', 'train_dynamics', 'save_clips',
+           'model_card', 'tokenizer_shape', 'train', 'print_figures', 'train_command']
 
 # %% ../nbs/07_dynamics.ipynb #b45fd891
-import functools
 import json
 import math
 import shutil
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -27,8 +24,8 @@ from tqdm.auto import tqdm
 
 from . import course, data, training
 from .ssm import Mamba2
-from .tokenizer import (
-    QUANTIZERS, TOKENIZER_SIZES, FrameWindows, Tokenizer, TokenizerConfig, find_pretrained, push_folder, reconstruction_loss)
+from .tokenizer import QUANTIZERS, TOKENIZER_SIZES, Tokenizer, TokenizerConfig, data_hash, train_tokenizer
+from .training import find_pretrained, push_folder
 
 # %% ../nbs/07_dynamics.ipynb #408ecf8e
 NANO_GAMES = ["ALE/Pong-v5", "ALE/Breakout-v5", "ALE/Freeway-v5", "ALE/Kangaroo-v5", "ALE/Tetris-v5"]
@@ -310,7 +307,7 @@ def tokenize(tokenizer: Tokenizer,
         if target.exists(): continue
         episode = data.read_episode(path)
         frames = episode.frames
-        tokens = tokenizer.encode_video(data.resize(frames, tokenizer.frame_size[0]))
+        tokens = tokenizer.encode(data.resize(frames, tokenizer.frame_size[0])).cpu()
         came_by = np.concatenate([[0], episode.actions])   # the key that led to each frame
         with course.atomic(target) as temporary, open(temporary, "wb") as file:
             np.savez(file, tokens=tokens.numpy().astype(np.uint16), actions=came_by)
@@ -771,53 +768,6 @@ def evaluate(wm: WorldModel,
                 interval=training.interval(right, seed=seed))
     return figures
 
-# %% ../nbs/07_dynamics.ipynb #82451698
-def data_hash(folder: str | Path,  # episodes, or their tokens
-              games: list[str]     # that were used
-              ) -> str:            # 16 hexadecimal digits
-    "Identity of the training data: names and sizes of all episodes."
-    import hashlib
-    found = [f"{p.parent.name}/{p.name} {p.stat().st_size}" for p in data.episodes(folder, games)]
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
-
-# %% ../nbs/07_dynamics.ipynb #e2b97849
-class Redrawn(nn.Module):
-    "A tokenizer of which only the decoder learns: its tokens stay those that a dynamics network knows."
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__()
-        self.decoder, self.still = tokenizer.decoder.requires_grad_(True), [tokenizer.eval()]   # in a list: no part of what learns
-
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "As `Tokenizer.forward`, with no loss of the quantizer's."
-        with torch.no_grad():
-            tokenizer = self.still[0].to(frames.device)
-            tokens = tokenizer.quantizer(tokenizer.encoder(frames))[1]
-        return self.decoder(tokenizer.quantizer.code(tokens)), tokens, frames.new_zeros(())
-
-# %% ../nbs/07_dynamics.ipynb #c33029d5
-def train_tokenizer(play: str | Path,   # folder of episodes
-                    games: list[str],   # to learn from
-                    out: Path,          # folder of the run
-                    config: training.TrainConfig,  # how long, how fast
-                    model: TokenizerConfig = TokenizerConfig(),  # what is built
-                    pairs: int = 6000,  # pairs of neighbouring frames that are held in memory
-                    motion: float = 4.0,  # weight of what moves, in the loss
-                    start: Tokenizer | None = None,  # trained before: only its decoder goes on, its tokens stay
-                    quiet: bool = False # show nothing
-                    ) -> Tokenizer:
-    "Train a tokenizer on windows of held frames; continues an interrupted run."
-    torch.manual_seed(config.seed)
-    tokenizer = start or Tokenizer(model)
-    learner, side, patch = Redrawn(start) if start else tokenizer, tokenizer.config.frame_size, tokenizer.config.patch
-    take = lambda count, split: data.clips(play, games, 2, side, count, split, config.seed)["frames"]
-    held = {"frames": torch.from_numpy(take(10 * len(games), "val"))}
-    valid = lambda m: {k: float(v) for k, v in reconstruction_loss(m, held)[1].items()}
-    windows = FrameWindows(take(pairs, "train"), patch, batch=32, seed=config.seed)
-    loss = functools.partial(reconstruction_loss, motion=motion)
-    training.fit(learner, windows, loss, config, out, valid, data_hash(play, games), quiet=quiet)
-    tokenizer.save_pretrained(out)
-    return tokenizer
-
 # %% ../nbs/07_dynamics.ipynb #c9a859a3
 def train_dynamics(tokens: str | Path,     # folder of `tokenize`
                    games: dict[str, tuple[str, ...]],  # game -> names of its actions
@@ -942,10 +892,10 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
 # %% ../nbs/07_dynamics.ipynb #27dcca22
 def tokenizer_shape(args) -> TokenizerConfig:   # of the options of `lwm train`
     "The tokenizer of a size, with what the options change in it."
-    named = {"frame_size": args.frame_size, "patch": args.patch, "quantizer": args.quantizer}
+    named = {"frame_size": args.frame_size, "patch": args.patch, "quantizer": args.quantizer, "codes": args.codes}
     return replace(TOKENIZER_SIZES[args.size], **{key: value for key, value in named.items() if value is not None})
 
-
+# %% ../nbs/07_dynamics.ipynb #d8b87548
 def _tokenizer_step(args, start: WorldModel | None) -> None:
     "Step 2 of `lwm train`: a new tokenizer, or that of a trained model, at most its decoder trained further."
     folder, usual = Path(args.out) / "tokenizer", 0 if start else args.minutes
@@ -983,8 +933,8 @@ def train(args) -> None:
     if not args.minutes > 0: raise ValueError("--minutes must be above 0")
     if args.quantizer == "none" and not args.tokenizer_only:
         raise ValueError("--quantizer none makes no tokens, and dynamics predict tokens: add --tokenizer-only")
-    if args.start and (shape := [args.frame_size, args.patch, args.quantizer]) != [None] * 3:
-        raise ValueError(f"--start keeps the tokens of {args.start}: leave out --frame-size, --patch and --quantizer, got {shape}")
+    if args.start and any((args.frame_size, args.patch, args.quantizer, args.codes)):
+        raise ValueError(f"--start keeps the tokens of {args.start}: leave out --frame-size, --patch, --quantizer and --codes")
     if any(own is not None and (own < 0 or not own and not args.start) for own in (args.tokenizer_minutes, args.dynamics_minutes)):
         raise ValueError("--tokenizer-minutes and --dynamics-minutes must be above 0; with --start, 0 leaves a part as it is")
     if not {"train", "val"} <= {data.split_of(args.seed + i) for i in range(args.episodes)}:
@@ -1019,6 +969,7 @@ def train_command(parser) -> None:
     parser.add_argument("--frame-size", type=int, help="side of a new tokenizer's frames, pixels (default: that of --size)")
     parser.add_argument("--patch", type=int, choices=[8, 16], help="pixels per side that one token covers (default: that of --size)")
     parser.add_argument("--quantizer", choices=list(QUANTIZERS), help="of a new tokenizer (default: fsq)")
+    parser.add_argument("--codes", type=int, help="of the quantizers vq and dictionary (default: that of --size)")
     parser.add_argument("--tokenizer-minutes", type=float,
                         help="training time of the tokenizer; with --start of its decoder (default there: 0)")
     parser.add_argument("--dynamics-minutes", type=float,
@@ -1029,76 +980,3 @@ def train_command(parser) -> None:
     parser.add_argument("--cost-per-hour", type=float, default=0.0, help="US$ per device and hour, for the ledger")
     parser.add_argument("--json", help="write the figures to this file")
     parser.set_defaults(run=train)
-
-# %% ../nbs/07_dynamics.ipynb #bab1435d
-def peak_memory_gb() -> float:
-    "The most memory this process has held, GB."
-    import resource, sys
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def opening(wm: WorldModel, game: str) -> tuple[np.ndarray, np.ndarray]:  # frames uint8 (T, H, W, 3), actions (T-1,)
-    "The first start clip; two grey frames for a model that has none."
-    if wm.clip_names(game): return wm.clip(game)
-    return np.full((2, *wm.frame_size, 3), 128, np.uint8), np.zeros(1, int)
-
-
-def latencies(wm: WorldModel,     # on the device and in the dtype to be measured
-              game: str,          # all players play it
-              frames: int = 300,  # measured
-              warmup: int = 50,   # before them
-              players: int = 1,   # per batch
-              seed: int = 0,      # of the keys
-              refine: int = 1     # passes of the head
-              ) -> np.ndarray:    # milliseconds, (frames,)
-    "Key to pixels: from the pressed key to a uint8 frame in this process, decoding included."
-    clip, keys = opening(wm, game)
-    state = wm.start(np.repeat(clip[None], players, 0), np.repeat(keys[None], players, 0), game, seed)
-    rng, times = np.random.default_rng(seed), []
-    for _ in range(warmup + frames):
-        action = rng.integers(len(wm.actions(game)), size=players)
-        begin = time.perf_counter()
-        frame, state = wm.step(state, action, refine=refine)
-        frame.cpu().numpy()
-        times.append(1000 * (time.perf_counter() - begin))
-    return np.array(times[warmup:])
-
-# %% ../nbs/07_dynamics.ipynb #40bad831
-def bench_command(parser) -> None:
-    "Options of `lwm bench`."
-    parser.add_argument("--model", default="nano", help="shipped name, folder or Hub id (default: nano)")
-    parser.add_argument("--size", choices=list(DYNAMICS_SIZES), help="instead of a model: this size, with random weights")
-    parser.add_argument("--game", help="game to play (default: the model's first)")
-    parser.add_argument("--frames", type=int, default=300, help="measured frames, after 50 for warm-up (default: 300)")
-    parser.add_argument("--players", type=int, nargs="+", default=[1, 2, 4], help="players per batch (default: 1 2 4)")
-    parser.add_argument("--json", help="write the figures to this file, for example results/bench.json")
-    parser.set_defaults(run=run_bench)
-
-# %% ../nbs/07_dynamics.ipynb #08f948b0
-def run_bench(args) -> None:
-    "`lwm bench`: latency, frames per second and memory, in this machine's own dtype and in float32."
-    if args.frames < 1 or min(args.players) < 1: raise ValueError("--frames and --players must be at least 1")
-    begin = time.perf_counter()
-    wm = untrained(args.size).ready() if args.size else WorldModel.from_pretrained(args.model)
-    game = wm.games[0] if args.game is None else wm.games[wm.game_index(args.game)]
-    clip, keys = opening(wm, game)
-    wm.step(wm.start(clip[None], keys[None], game), [0])
-    started = time.perf_counter() - begin
-    figures, own = [], str(training.dtype("auto", "auto")).removeprefix("torch.")
-    def add(name, value, unit, source, n=args.frames):
-        figures.append(course.Figure(name, float(value), unit, n, source=source, game=game))
-    add("load_s", started, "s", "load the model and show the first frame, imports not counted", 1)
-    for kind, players in [(own, p) for p in args.players] + [("float32", 1)] * (own != "float32"):
-        wm.ready(dtype=kind)
-        times = latencies(wm, game, args.frames, players=players, seed=args.seed)
-        first = players == 1 and kind == own
-        label = f"{kind}, {players} player{'s' * (players > 1)}"
-        for q in (50, 95, 99): add(f"latency_p{q}_ms" + f" {label}" * (not first), np.percentile(times, q), "ms", label)
-        add("fps" if first else f"fps {label}", 1000 * players / times.mean(), "FPS", label)
-    add("peak_memory_gb", peak_memory_gb(), "GB", "of the whole process", 1)
-    add("parameters", sum(p.numel() for p in wm.parameters()), "", "tokenizer and dynamics", 1)
-    state = wm.start(clip[None], keys[None], game)
-    add("state_bytes", sum(t.numel() * t.element_size() for block in state.blocks for t in block), "B", "memory of one player", 1)
-    print_figures(figures)
-    if args.json: course.save_results(args.json, args.line, figures, args.seed)

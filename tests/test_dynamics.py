@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from lwm_course import course, data, dynamics
+from lwm_course import course, data, dynamics, evaluation
 from lwm_course.dynamics import (Dynamics, DynamicsConfig, Moment, Recipe, TokenClips, WorldModel, action_response, corrupt, dynamics_loss,
                                  log_probs, mse, next_frame, own_prediction)
-from lwm_course.tokenizer import MODELS, Tokenizer, TokenizerConfig
+from lwm_course.tokenizer import Tokenizer, TokenizerConfig
+from lwm_course.training import MODELS
 
 PONG, FREEWAY = "ALE/Pong-v5", "ALE/Freeway-v5"
 GAMES = {PONG: ("NOOP", "FIRE", "RIGHT", "LEFT"), FREEWAY: ("NOOP", "UP", "DOWN")}
@@ -364,7 +365,7 @@ def test_commands_name_the_damaged_model(world, tmp_path, capsys):
 
 
 def test_every_command_has_its_options():
-    for command in (dynamics.train_command, dynamics.bench_command):
+    for command in (dynamics.train_command, evaluation.bench_command):
         parser = argparse.ArgumentParser()
         command(parser)
         assert callable(parser.get_default("run")) and "--json" in parser.format_help()

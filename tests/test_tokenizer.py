@@ -1,11 +1,11 @@
 "The tokenizer: every code comes back, gradients pass, tokens stay where nothing moves, and wrong input is named."
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -14,15 +14,16 @@ from lwm_course import course
 from lwm_course import tokenizer as chapter
 from lwm_course import training
 from lwm_course.data import episodes, read_episode
-from lwm_course.tokenizer import (FSQ, LOSSES, LSQ, QUANTIZERS, THOUSAND, VQ, Ablation, Companded, Continuous, Critic, Encoder,
-                                  FrameWindows, Hybrid, Judged, Probe, RVQ, Scalar, Tokenizer, TokenizerConfig, ablate,
-                                  ablation_table, changed_mask, combinations, data_hash, examine, patches_changed, perplexity,
-                                  reconstruction_loss, to_float, to_uint8, token_flicker, train_tokenizer)
+from lwm_course.tokenizer import (FSQ, LOSSES, LSQ, PLACED, QUANTIZERS, THOUSAND, VQ, Companded, Continuous, Critic, Dictionary,
+                                  Encoder, FrameWindows, Hybrid, Judged, Mosaic, OpenDictionary, Patches, Probe, RVQ, Scalar, Tokenizer, TokenizerConfig,
+                                  changed_mask, data_hash, distinct, examine, patch_counts, patches_changed, perplexity,
+                                  place_dictionary, reconstruction_loss, to_float, to_uint8, token_flicker, train_tokenizer, two_colours)
 from lwm_course.training import TrainConfig, fit
 
 some = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SMALL = dict(frame_size=32, levels=(4, 3, 3), codes=24, code_dim=5, encoder_width=24, encoder_depth=1, width=16, depth=1)
 every = pytest.mark.parametrize("quantizer", list(QUANTIZERS))
+learning = pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name not in PLACED])
 quantizers = pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name != "none"])   # those with codes
 both_patches = pytest.mark.parametrize("patch", [8, 16])
 
@@ -133,7 +134,7 @@ sizes = dict(levels=st.lists(st.integers(2, 7), min_size=1, max_size=4).map(tupl
              seed=st.integers(0, 99))
 
 
-@quantizers
+@pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name not in ("none", "open")])    # spelled, a patch has many names
 @some
 @given(**sizes)
 def test_every_code_of_every_quantizer_comes_back(quantizer, levels, codes, dim, seed):
@@ -165,7 +166,7 @@ def test_tokens_of_every_quantizer_are_in_range_and_stand_for_its_code(quantizer
     assert torch.equal(quantizer(z)[1], tokens), "at play nothing moves"
 
 
-@every
+@learning
 @some
 @given(**sizes)
 def test_gradient_of_every_quantizer_reaches_its_input(quantizer, levels, codes, dim, seed):
@@ -230,7 +231,8 @@ def test_second_stage_makes_the_residual_smaller():
 
 def test_a_thousand_codes_each():
     made = {name: QUANTIZERS[name](TokenizerConfig(quantizer=name, **THOUSAND[name])) for name in QUANTIZERS}
-    assert all(quantizer.size == (0 if name == "none" else 1000) for name, quantizer in made.items())
+    assert all(made[name].size == 1000 for name in made if name not in ("none", "open")) and made["none"].size == 0
+    assert made["open"].codes == 1000 < made["open"].size, "what it spells comes on top"
     assert made["none"].dim == made["vq"].dim, "the ceiling of VQ has a code as long"
 
 
@@ -287,7 +289,7 @@ def test_a_plain_autoencoder_draws_and_says_that_it_has_no_tokens():
     out = model.reconstruct(batch)
     with torch.no_grad(): expected = to_uint8(model(to_float(torch.from_numpy(batch)))[0])
     assert torch.equal(out, expected) and out.shape == (3, 32, 32, 3) and model.codebook_size == 0
-    for way in (lambda: model.encode(batch), lambda: model.encode_video(batch), lambda: model.decode(torch.zeros(1, 4, 4, dtype=torch.long))):
+    for way in (lambda: model.encode(batch), lambda: model.decode(torch.zeros(1, 4, 4, dtype=torch.long))):
         with pytest.raises(ValueError, match="no tokens: use reconstruct"): way()
 
 
@@ -297,7 +299,7 @@ def test_reconstruct_names_what_is_wrong(quantizer):
     with pytest.raises(ValueError, match=r"got \(2, 16, 16, 3\): use data.resize"): small(quantizer).reconstruct(frames(2, 16))
 
 
-@every
+@learning
 def test_gradients_reach_every_weight(quantizer):
     model = small(quantizer).train()
     for block in model.modules():   # residual branches begin at 0
@@ -333,7 +335,7 @@ def test_frames_of_a_batch_do_not_mix():
     assert torch.equal(model.encode(batch)[1], model.encode(batch[1:2])[0])
 
 
-@every
+@learning
 def test_training_is_deterministic_under_a_seed(quantizer):
     def run(seed):
         model = small(quantizer, seed)
@@ -350,6 +352,131 @@ def test_bytes_survive_the_way_into_the_network_and_back():
     x = torch.from_numpy(frames(2))
     assert torch.equal(to_uint8(to_float(x)), x)
     assert to_float(x).is_contiguous(memory_format=torch.channels_last)
+
+
+# The dictionary
+
+def mosaic(patch, tiles, count=2, side=64, seed=0):
+    "Frames (count, side, side, 3) made of at most so many different patches."
+    rng, grid = np.random.default_rng(seed), side // patch
+    drawn = rng.integers(0, 256, (tiles, patch, patch, 3), dtype=np.uint8)
+    return drawn[rng.integers(tiles, size=(count, grid, grid))].swapaxes(2, 3).reshape(count, side, side, 3)
+
+
+@both_patches
+@some
+@given(tiles=st.integers(1, 16), seed=st.integers(0, 99))
+def test_what_has_a_code_for_each_patch_comes_back_exactly(patch, tiles, seed):
+    batch = mosaic(patch, tiles, seed=seed)
+    model = place_dictionary(small("dictionary", frame_size=64, patch=patch, codes=16), np.stack([batch[::-1], batch], 1), seed)
+    assert not model.training and np.array_equal(model.reconstruct(batch), batch)
+    assert np.array_equal(model.reconstruct(np.roll(batch, patch, 2)), np.roll(batch, patch, 2)), "in any place"
+
+
+@some
+@given(codes=st.integers(2, 20), count=st.integers(3, 200), seed=st.integers(0, 99))
+def test_more_rounds_never_place_worse(codes, count, seed):
+    chance = torch.Generator().manual_seed(seed)
+    z, weight = torch.randn(count, 3, generator=chance), 10 * torch.rand(count, generator=chance)
+    def error(rounds):
+        codebook = Dictionary(codes, 3).place(z, weight, rounds, seed)
+        return (weight * (z - codebook(z)[0]).square().sum(-1)).sum().item()
+    errors = [error(rounds) for rounds in (0, 1, 2, 3, 8)]
+    assert all(more <= less * (1 + 1e-5) + 1e-5 for less, more in zip(errors, errors[1:]))
+    if count <= codes: assert max(errors) < 1e-9, "a code for each"
+
+
+def test_an_open_dictionary_spells_what_it_has_not_seen():
+    "Two colours and a mask for each half: exact up to the steps of the colours, for any two colours and any masks that it knows."
+    torch.manual_seed(0)
+    known, masks = torch.rand(40, 192) * 2 - 1, (torch.rand(8, 32) < 0.5).float()
+    masks = torch.cat([masks, 1 - masks])       # which of the two colours comes first is not the test's to say
+    quantizer = OpenDictionary(40, 16, 8).place(known, torch.ones(40))
+    quantizer.spelled.masks.codebook.copy_(masks)
+    levels = torch.randint(0, 32, (100, 2, 3, 1)) / 31 * 2 - 1
+    mixed = masks[torch.randint(0, 16, (100, 2))].flatten(1)[:, None]                     # (100, 1, 64)
+    strange = (levels[:, 0] + mixed * (levels[:, 1] - levels[:, 0])).flatten(1)
+    code, tokens, _ = quantizer(strange)
+    assert (tokens >= 40).all() and (tokens < quantizer.size).all() and (code - strange).abs().max() < 1e-5
+    code, tokens, _ = quantizer(known)
+    assert (tokens < 40).all() and torch.equal(code, known), "what it knows it does not spell"
+    assert torch.equal(quantizer.code(quantizer(strange)[1].view(10, 10)), quantizer(strange)[0].view(10, 10, 192))
+
+
+@given(seed=st.integers(0, 99))
+@some
+def test_two_colours_are_found_wherever_there_are_two(seed):
+    generator = torch.Generator().manual_seed(seed)
+    pair = torch.rand(5, 3, 2, generator=generator)
+    pixels = pair.gather(2, torch.randint(0, 2, (5, 1, 64), generator=generator).expand(-1, 3, -1))
+    one, other = two_colours(pixels)
+    for i in range(5):
+        found = torch.cat([one[i], other[i]], 1)
+        assert all((found - colour[:, None]).abs().amax(0).min() < 1e-5 for colour in pixels[i].unique(dim=1).T)
+
+
+def test_a_dictionary_of_many_codes_is_placed_in_several_draws():
+    z = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
+    error = lambda codes: (z - Dictionary(codes, 4).place(z, torch.ones(3000))(z)[0]).square().sum(-1).mean()
+    assert error(1500) < error(700) < error(100) / 2
+
+
+def test_what_has_just_moved_is_drawn_better_for_it(monkeypatch):
+    now, before = mosaic(8, 60, 4), mosaic(8, 60, 4)
+    before[:, :8] = 255 - before[:, :8]       # the upper row of patches has changed, the others have not
+    def error(weight):
+        monkeypatch.setattr(chapter, "MOVES", weight)
+        drawn = place_dictionary(small("dictionary", frame_size=64), np.stack([before, now], 1)).reconstruct(now).numpy()
+        return np.square(drawn[:, :8].astype(float) - now[:, :8]).mean()
+    assert error(20) < error(0)
+
+
+@some
+@given(count=st.integers(0, 60), most=st.integers(0, 2), seed=st.integers(0, 99))
+def test_distinct_finds_what_unique_finds(count, most, seed):
+    tiles = torch.randint(0, most + 1, (count, 2, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    different, which = distinct(tiles)
+    assert torch.equal(different[which], tiles)
+    assert torch.equal(different.flatten(1).unique(dim=0), tiles.flatten(1).unique(dim=0))
+    assert len(different) == len(tiles.flatten(1).unique(dim=0))
+
+
+def test_distinct_sees_every_single_bit():
+    tiles = torch.zeros(8 * 192 + 1, 192, dtype=torch.uint8)
+    for bit in range(8 * 192): tiles[bit, bit // 8] = 1 << bit % 8
+    assert len(distinct(tiles.view(-1, 8, 8, 3))[0]) == len(tiles)
+
+
+def test_patches_and_mosaic_are_each_others_inverse_and_hold_nothing():
+    config = TokenizerConfig(**SMALL)
+    x = to_float(torch.from_numpy(frames()))
+    z = Patches(config)(x)
+    assert z.shape == (2, 4, 4, 192) and torch.equal(Mosaic(config)(z), x)
+    assert torch.equal(z[1, 2, 3], F.pixel_unshuffle(x[1:, :, 16:24, 24:32], 8).flatten())
+    assert not [*small("dictionary").parameters()] and not small("dictionary").encoder.state_dict()
+
+
+def test_counts_are_of_the_second_frames_and_of_what_changed_in_them():
+    now = np.zeros((130, 16, 16, 3), np.uint8)           # more than are counted at a time
+    now[:70, :8, :8], now[70:, :8, :8] = 10, 20
+    now[100, 8:, 8:, 1] = 30                             # one that comes once, and goes
+    before = np.concatenate([now[:1], now[:-1]])
+    tiles, often, moved = patch_counts(np.stack([before, now], 1), 8)
+    found = {int(tile.max()): (int(n), int(m)) for tile, n, m in zip(tiles, often, moved)}
+    assert found == {0: (389, 1), 10: (70, 0), 20: (60, 1), 30: (1, 1)} and tiles.dtype == torch.uint8
+    assert patch_counts(np.stack([before, now], 1), 16)[1].sum() == 130
+
+
+@both_patches
+@quantizers
+def test_each_different_patch_is_encoded_once_and_as_in_its_frame(quantizer, patch):
+    model, batch = small(quantizer, patch=patch, frame_size=64), mosaic(patch, 5, 3)
+    runs = []
+    with model.encoder.register_forward_hook(lambda part, args, z: runs.append(z[..., 0].numel())): tokens = model.encode(batch)
+    assert sum(runs) == 5 and tokens.shape == (3, *model.grid)
+    assert torch.equal(tokens, torch.cat([model.encode(frame[None]) for frame in batch]))
+    with torch.no_grad(): assert torch.equal(tokens, model.codes(to_float(torch.from_numpy(batch)))[1])
+    assert model.encode(batch[:0]).shape == (0, *model.grid)
 
 
 # Loss and windows
@@ -456,98 +583,9 @@ def test_lpips_without_its_weights_names_the_file(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="alexnet-owt-7be5be79.pth.*does not fetch"): chapter.perceptual()
 
 
-# The ablation
+# What is measured
 
 GAME = "ALE/Breakout-v5"
-
-
-@pytest.fixture
-def shared(repository, monkeypatch):
-    "Settings of a tiny ablation, with a tiny network."
-    monkeypatch.setattr(chapter, "LITTLE", dict(encoder_width=24, encoder_depth=1, width=16, depth=1))
-    return Ablation(str(repository / "data_samples"), (GAME,), steps=3, batch=2, pairs=4, frames=3)
-
-
-def timeless(rows): return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
-
-
-def table(path): return timeless(json.loads(path.read_text())["table"])
-
-
-TWO = [("fsq", "motion"), ("hybrid", "motion")]
-
-
-def test_interrupted_ablation_goes_on_and_ends_as_an_uninterrupted_one(shared, tmp_path, monkeypatch):
-    whole, parts, trained = tmp_path / "whole.json", tmp_path / "parts.json", []
-    ablate(shared, TWO, [0, 1], whole, quiet=True)
-
-    def train_one(shared, quantizer, loss, seed, pairs, each, real=chapter.train_one):
-        if len(trained) == 2: signal.raise_signal(signal.SIGINT)     # in the third of four
-        trained.append((quantizer, loss, seed))
-        return real(shared, quantizer, loss, seed, pairs, each)
-
-    monkeypatch.setattr(chapter, "train_one", train_one)
-    with pytest.raises(KeyboardInterrupt): ablate(shared, TWO, [0, 1], parts, quiet=True)
-    assert trained == [("fsq", "motion", 0), ("hybrid", "motion", 0)] and len(table(parts)) == 2
-    trained += [None]       # beyond two: no more signals
-    ablate(shared, TWO, [0, 1], parts, quiet=True)
-    assert trained[3:] == [("fsq", "motion", 1), ("hybrid", "motion", 1)], "what is done is not done again"
-    assert table(parts) == table(whole)
-    trained.clear()
-    ablate(shared, TWO, [0, 1], parts, quiet=True)
-    assert trained == []
-
-
-def test_ablation_stops_within_a_run(shared, tmp_path):
-    stop = lambda *_: signal.raise_signal(signal.SIGINT)
-    path = tmp_path / "ablation.json"
-    ablate(shared, TWO[:1], [0], path, quiet=True)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(chapter, "reconstruction_loss", lambda *args, **more: (stop(), reconstruction_loss(*args, **more))[1])
-        ablate(shared, TWO, [0], path, quiet=True)
-    assert [row["quantizer"] for row in table(path)] == ["fsq"]
-
-
-def test_figures_of_an_ablation_say_what_they_are_of(shared, tmp_path):
-    path = tmp_path / "ablation.json"
-    ablate(shared, [("lsq", "adversarial")], [3], path, quiet=True)
-    found = course.load_results(tmp_path)["ablation"]
-    figures = {figure["name"]: figure for figure in found["figures"]}
-    assert set(figures) == {name for name, _ in chapter.MEASURED.values()}
-    assert figures["changed_psnr"]["source"] == "lsq, adversarial, seed 3" and figures["changed_psnr"]["n"] == 3
-    assert figures["changed_psnr"]["baseline"] == found["copy"]["moving_psnr"] and figures["token_flicker"]["value"] == 0
-    assert found["settings"]["steps"] == 3 and found["seed"] == [3]
-
-
-def test_ablation_refuses_to_mix_settings(shared, tmp_path):
-    ablate(shared, TWO[:1], [0], tmp_path / "a.json", quiet=True)
-    other = Ablation(shared.play, shared.games, steps=4, batch=2, pairs=4, frames=3)
-    with pytest.raises(ValueError, match="steps was 3 and is now 4"): ablate(other, TWO, [0], tmp_path / "a.json", quiet=True)
-
-
-@pytest.mark.parametrize("chosen, message", [(("fqs", "motion"), "Unknown quantizer 'fqs'. Did you mean fsq"),
-                                             (("fsq", "multiscal"), "Unknown loss 'multiscal'. Did you mean multiscale")])
-def test_ablation_refuses_unknown_names_before_it_trains(shared, tmp_path, monkeypatch, chosen, message):
-    monkeypatch.setattr(chapter, "train_one", lambda *_: pytest.fail("it trains"))
-    with pytest.raises(ValueError, match=message): ablate(shared, [("fsq", "l1"), chosen], [0], tmp_path / "a.json", quiet=True)
-
-
-def test_command_names_unknown_names_and_missing_weights(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lpips", None)
-    monkeypatch.setattr(chapter, "train_one", lambda *_: pytest.fail("it trains"))
-    chapter.perceptual.cache_clear()
-    run = lambda *arguments: (course.main(["ablate", "--json", str(tmp_path / "a.json"), *arguments]), capsys.readouterr().err)
-    for option, wrong, right in (("--quantizers", "vqq", "vq"), ("--losses", "l2", "l1"), ("--games", "ALE/Pnog-v5", "Pong")):
-        code, said = run(option, wrong)
-        assert code == 1 and wrong in said and right in said
-    code, said = run("--losses", "lpips")
-    assert code == 1 and "lwm-course[perceptual]" in said and not (tmp_path / "a.json").exists()
-
-
-def test_two_arms_cross_in_the_default():
-    pairs = combinations(list(QUANTIZERS), list(LOSSES))
-    assert pairs[0] == ("fsq", "motion") and len(set(pairs)) == len(pairs) == len(QUANTIZERS) + len(LOSSES) - 1
-    assert all("fsq" == quantizer or "motion" == loss for quantizer, loss in pairs)
 
 
 @pytest.mark.parametrize("game", list(chapter.BALLS))
@@ -573,17 +611,6 @@ def test_without_tokens_the_picture_is_judged_alone(repository):
     assert found.keys() == coded.keys() and all(math.isfinite(found[key]) for key in ("psnr", "moving_psnr", "balls"))
     assert math.isnan(found["perplexity"]) and math.isnan(found["flicker"]) and found["used"] == 0
     assert coded["flicker"] == 0 and 1 <= coded["perplexity"] <= coded["used"]
-
-
-def test_ablation_goes_on_from_rows_without_codes(shared, tmp_path):
-    path, chosen = tmp_path / "a.json", [("none", "motion"), ("fsq", "motion")]
-    rows = ablate(shared, chosen[:1], [0, 1], path, quiet=True)
-    assert [row["codes"] for row in rows] == [0, 0] and "NaN" not in path.read_text()
-    rows = ablate(shared, chosen, [0, 1], path, quiet=True)
-    assert [(row["quantizer"], row["seed"]) for row in rows] == [("none", 0), ("none", 1), ("fsq", 0), ("fsq", 1)]
-    shown = str(ablation_table(rows))
-    [none, fsq] = [[line for line in shown.splitlines() if name in line][0] for name in ("none", "fsq")]
-    assert none.count(" - ") == 2 and fsq.count(" - ") == 0 and "nan" not in shown
 
 
 def test_windows_are_a_function_of_the_step_and_keep_to_the_grid():
@@ -621,7 +648,7 @@ def at_length(repository, out, model=TINY, games=(GAME,), steps=3, **more):
 def state(model): return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "fsq", "none"])
+@pytest.mark.parametrize("quantizer", ["vq", "fsq", "none", *PLACED])
 def test_trained_at_length_is_saved_with_its_ledger(repository, tmp_path, quantizer):
     model = at_length(repository, tmp_path, TokenizerConfig(**{**SMALL, "quantizer": quantizer}))
     assert not model.training, "a codebook in training moves when it is asked"
@@ -629,7 +656,8 @@ def test_trained_at_length_is_saved_with_its_ledger(repository, tmp_path, quanti
     assert torch.equal(loaded.reconstruct(frames()), model.reconstruct(frames()))
     ledger = json.loads((tmp_path / "ledger.json").read_text())
     assert ledger["status"] == "finished" and ledger["data_hash"] == data_hash(repository / "data_samples", [GAME])
-    assert math.isfinite(ledger["metrics"]["valid_psnr"])
+    assert math.isfinite(ledger["metrics"]["psnr" if quantizer in PLACED else "valid_psnr"])
+    assert model.config.games == loaded.config.games == (GAME,)
     before = state(model)
     again = at_length(repository, tmp_path, TokenizerConfig(**{**SMALL, "quantizer": quantizer}))
     assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items()), "what is finished is not trained again"
@@ -643,6 +671,13 @@ def test_from_a_start_only_the_decoder_goes_on(repository, tmp_path, quantizer):
     further = at_length(repository, tmp_path / "run", start=start)
     moved = {name.split(".")[0] for name, value in further.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"decoder"} and further.config == start.config
+
+
+def test_a_dictionary_at_the_start_stays(repository, tmp_path):
+    start = place_dictionary(small("dictionary"), np.stack([frames(), frames(seed=1)], 1))
+    codebook = start.quantizer.codebook.half().float()       # as it is saved
+    further = at_length(repository, tmp_path, start=start)
+    assert torch.equal(further.quantizer.codebook, codebook) and (tmp_path / "ledger.json").exists()
 
 
 def test_hash_of_the_data_knows_names_and_sizes(tmp_path):
@@ -702,8 +737,9 @@ def test_saved_and_loaded_is_the_same(quantizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_codes_stay_exact_in_any_precision(kind):
-    model = small("vq")
+@pytest.mark.parametrize("quantizer", ["vq", "dictionary"])
+def test_codes_stay_exact_in_any_precision(quantizer, kind):
+    model = small(quantizer)
     exact = model.quantizer.codebook.clone()
     assert torch.equal(model.ready("cpu", kind).quantizer.codebook, exact)
     tokens = model.encode(frames())
@@ -723,6 +759,18 @@ def test_names_in_the_file_are_settled(tmp_path):
     parts = {name.split(".")[0] for name in load_file(file)}
     assert parts == {"encoder", "decoder", "quantizer"}
     assert {"quantizer.codebook", "quantizer.count", "quantizer.total", "encoder.stem.weight"} <= set(load_file(file))
+    assert set(load_file(small("dictionary").save_pretrained(tmp_path / "codes") / "model.safetensors")) == {"quantizer.codebook"}
+
+
+def test_games_are_remembered_and_an_old_file_names_none(tmp_path):
+    model = small(games=["ALE/Pong-v5", GAME])
+    file = model.save_pretrained(tmp_path) / "config.json"
+    assert Tokenizer.from_pretrained(tmp_path, "cpu").config.games == ("ALE/Pong-v5", GAME) == model.config.games
+    config = json.loads(file.read_text())
+    del config["games"]
+    file.write_text(json.dumps(config))
+    old = Tokenizer.from_pretrained(tmp_path, "cpu", "float32")
+    assert old.config.games == () and torch.equal(old.encode(frames()), model.encode(frames()))
 
 
 @pytest.fixture
