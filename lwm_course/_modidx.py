@@ -576,6 +576,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'lwm_course.evaluation.tokenizer_figures': ( 'evaluation.html#tokenizer_figures',
                                                                                     'lwm_course/evaluation.py'),
                                        'lwm_course.evaluation.train_encoder': ('evaluation.html#train_encoder', 'lwm_course/evaluation.py'),
+                                       'lwm_course.evaluation.training_crowd': ( 'evaluation.html#training_crowd',
+                                                                                 'lwm_course/evaluation.py'),
                                        'lwm_course.evaluation.write_report': ('evaluation.html#write_report', 'lwm_course/evaluation.py')},
             'lwm_course.ssm': { 'lwm_course.ssm.Mamba2': ('ssm.html#mamba2', 'lwm_course/ssm.py'),
                                 'lwm_course.ssm.Mamba2.forward': ('ssm.html#mamba2.forward', 'lwm_course/ssm.py'),

@@ -6,12 +6,12 @@
 __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'ENCODER_CARD', 'HORIZONS', 'PATIENCE', 'presence', 'own_colour', 'cut', 'Target',
            'background', 'targets', 'blobs', 'field', 'count_balls', 'Stretch', 'stretches', 'figure', 'decibel',
            'share', 'targets_of', 'recall', 'recall_figures', 'redrawn', 'examine_clip', 'tokenizer_figures', 'frechet',
-           'GameEncoder', 'encoder_batches', 'encoder_loss', 'train_encoder', 'game_encoder', 'fd_figures', 'inception',
-           'fid', 'grouped', 'answers', 'response_figures', 'Simulator', 'Deaf', 'Copier', 'roll', 'errors', 'motion',
-           'ball_counter', 'object_figures', 'play_figures', 'recordings', 'entropies', 'lately', 'outside', 'collapse',
-           'long_play', 'long_figures', 'Effort', 'measure', 'figure_table', 'strip', 'write_report', 'eval_command',
-           'eval_tokenizer', 'eval_world', 'run_eval', 'peak_memory_gb', 'opening', 'latencies', 'bench_command',
-           'bench_tokenizer', 'run_bench']
+           'GameEncoder', 'encoder_batches', 'encoder_loss', 'train_encoder', 'game_encoder', 'training_crowd',
+           'fd_figures', 'inception', 'fid', 'grouped', 'answers', 'response_figures', 'Simulator', 'Deaf', 'Copier',
+           'roll', 'errors', 'motion', 'ball_counter', 'object_figures', 'play_figures', 'recordings', 'entropies',
+           'lately', 'outside', 'collapse', 'long_play', 'long_figures', 'Effort', 'measure', 'figure_table', 'strip',
+           'write_report', 'eval_command', 'eval_tokenizer', 'eval_world', 'run_eval', 'peak_memory_gb', 'opening',
+           'latencies', 'bench_command', 'bench_tokenizer', 'run_bench']
 
 # %% ../nbs/08_evaluation.ipynb #62856aac
 import functools
@@ -445,6 +445,12 @@ def game_encoder(name: str = "game-encoder"  # shipped name, folder or Hub id
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/08_evaluation.ipynb #eaf22c78
+@functools.cache
+def training_crowd(folder: str, game: str, count: int, seed: int) -> np.ndarray:   # (count, features)
+    "What real training frames of a game are like."
+    return game_encoder().describe(data.clips(folder, [game], 1, 128, count, "train", seed)["frames"][:, 0])
+
+
 def fd_figures(redraw: Callable,     # real frames uint8 (N, H, W, 3) -> a model's version of them
                folder: str | Path,   # episodes of chapter 01
                game: str,
@@ -454,11 +460,11 @@ def fd_figures(redraw: Callable,     # real frames uint8 (N, H, W, 3) -> a model
                seed: int = 0
                ) -> list[course.Figure]:
     "How far a model's frames are, as a crowd, from real ones of training; floor: real held-out frames; ceiling: other games'."
-    crowd = lambda games, part, size: data.clips(folder, games, 1, size, count, part, seed)["frames"][:, 0]
-    others, describe = [other for other in data.recorded_games(folder) if other != game], game_encoder().describe
-    known, held = describe(crowd([game], "train", 128)), crowd([game], split, side)
-    apart = lambda features: frechet(known, features)
-    shuffled = apart(describe(crowd(others, "train", 128))) if others else None
+    known = {other: training_crowd(str(folder), other, count, seed) for other in data.recorded_games(folder)}
+    others = [known[other] for other in known if other != game]
+    apart, describe = functools.partial(frechet, known[game]), game_encoder().describe
+    held = data.clips(folder, [game], 1, side, count, split, seed)["frames"][:, 0]
+    shuffled = apart(np.concatenate(others)[::len(others)]) if others else None
     return [figure("fd_game", apart, describe(redraw(held)), seed=seed, game=game, baseline=shuffled, ceiling=apart(describe(held)),
                    source="lower is better; baseline: frames of other games, ceiling: real held-out frames")]
 
@@ -980,10 +986,9 @@ def bench_tokenizer(args, tokenizer: Tokenizer) -> list[course.Figure]:
             tokenizer.decode(tokens).cpu()
             for name, taken in (("encode", between - begin), ("decode", time.perf_counter() - between)): times[name].append(1000 * taken)
         times = {name: np.array(row[5:]) for name, row in times.items()}
-        label = f"{kind}, batch {batch}"
-        for name, row in {**times, "both": times["encode"] + times["decode"]}.items():
-            for q in (50, 95): figures.append(course.Figure(f"{name}_p{q}_ms {label}", float(np.percentile(row, q)), "ms", rounds,
-                                                            source=f"{tokenizer.frame_size[0]} px, {label}"))
+        label, source = f" {kind}, batch {batch}" * ((kind, batch) != (own, 1)), f"{tokenizer.frame_size[0]} px, {kind}, batch {batch}"
+        for (name, row), q in itertools.product({**times, "both": times["encode"] + times["decode"]}.items(), (50, 95)):
+            figures.append(course.Figure(f"{name}_p{q}_ms{label}", float(np.percentile(row, q)), "ms", rounds, source=source))
     numbers = sum(t.numel() for t in tokenizer.state_dict().values())
     return [*figures, course.Figure("parameters", numbers, "", 1), course.Figure("peak_memory_gb", peak_memory_gb(), "GB", 1)]
 

@@ -1,7 +1,9 @@
 "The yardstick: what is perfect scores 1, what copies scores what theory says, and a planted fault is seen by the figure that asks for it."
 import json
 import math
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -9,10 +11,11 @@ import torch
 
 from lwm_course import course, data, evaluation
 from lwm_course.dynamics import Dynamics, DynamicsConfig, WorldModel, moments, rollout
-from lwm_course.evaluation import (CONTEXT, Copier, Deaf, Simulator, Stretch, answers, blobs, collapse, count_balls, cut,
-                                   figure, grouped, lately, long_figures, motion, own_colour, play_figures, presence, recall, recordings,
-                                   response_figures, roll, share, strip, stretches, targets, write_report)
-from lwm_course.tokenizer import Tokenizer, TokenizerConfig
+from lwm_course.evaluation import (CONTEXT, Copier, Deaf, GameEncoder, Simulator, Stretch, answers, blobs, collapse, count_balls,
+                                   cut, fd_figures, figure, frechet, grouped, lately, long_figures, motion, own_colour, play_figures, presence, recall, recordings,
+                                   response_figures, roll, share, strip, stretches, targets, train_encoder, write_report)
+from lwm_course.tokenizer import Tokenizer, TokenizerConfig, place_dictionary
+from lwm_course.training import TrainConfig
 
 PONG, BREAKOUT, FREEWAY, TETRIS = "ALE/Pong-v5", "ALE/Breakout-v5", "ALE/Freeway-v5", "ALE/Tetris-v5"
 SAMPLES = course.root() / "data_samples"
@@ -306,3 +309,116 @@ def test_the_command_measures_and_reports(tmp_path, capsys):
     page = (tmp_path / "page" / "report.md").read_text()
     assert "ALE-Pong-v5.png" in page and (tmp_path / "page" / "ALE-Pong-v5.png").stat().st_size > 1000
     assert "motion_ratio" in capsys.readouterr().out
+
+
+# Tokenizers alone
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    "A dictionary for Pong, in a folder."
+    pairs = data.clips(SAMPLES, [PONG], 2, 64, 40)["frames"]
+    config = TokenizerConfig(frame_size=64, quantizer="open", codes=64, masks=32, games=(PONG,))
+    return place_dictionary(Tokenizer(config), pairs).save_pretrained(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def small_encoder(monkeypatch):
+    "A network of fd_game with random weights in the place of the shipped one."
+    torch.manual_seed(0)
+    encoder = GameEncoder([PONG]).eval()
+    monkeypatch.setattr(evaluation, "game_encoder", lambda: encoder)
+    evaluation.training_crowd.cache_clear()
+    yield encoder
+    evaluation.training_crowd.cache_clear()
+
+
+def test_a_tokenizer_is_measured_alone_and_strangers_are_named(tokenizer_folder, small_encoder, tmp_path, capsys):
+    file, page = tmp_path / "tokenizer.json", tmp_path / "page"
+    arguments = ["eval", "--model", str(tokenizer_folder), "--games", PONG, TETRIS, "--play", str(SAMPLES), "--quick", "--clips", "2",
+                 "--json", str(file), "--report", str(page)]
+    assert course.main(arguments) == 0
+    found = {(f["game"], f["name"]): f for f in json.loads(file.read_text())["figures"]}
+    assert {name for game, name in found if game == PONG} >= {"reconstruction_psnr", "token_flicker", "fd_game", "reconstruction_objects"}
+    assert all(name.startswith("unseen_") for game, name in found if game == TETRIS)
+    assert found[PONG, "reconstruction_psnr"]["value"] > found[TETRIS, "unseen_reconstruction_psnr"]["value"]
+    assert found[PONG, "token_flicker"]["value"] == 0 and not any(name == "fid" for _, name in found), "no Inception weights, no FID"
+    assert {path.name for path in page.iterdir()} == {"report.md", "ALE-Pong-v5.png", "ALE-Tetris-v5.png"}
+
+
+def test_without_a_quantizer_there_are_no_figures_of_tokens(small_encoder):
+    torch.manual_seed(0)
+    plain = Tokenizer(TokenizerConfig(frame_size=64, quantizer="none", encoder_width=16, encoder_depth=1, width=16, depth=1)).eval()
+    names = {f.name for f in evaluation.tokenizer_figures(plain, SAMPLES, [PONG], clips=2, length=2, crowd=8)}
+    assert {"reconstruction_psnr", "fd_game"} <= names and not names & {"token_flicker", "perplexity"}
+
+
+def test_a_tokenizer_is_timed_alone(tokenizer_folder, tmp_path):
+    file = tmp_path / "bench.json"
+    assert course.main(["bench", "--model", str(tokenizer_folder), "--frames", "10", "--json", str(file)]) == 0
+    figures = {f["name"]: f for f in json.loads(file.read_text())["figures"]}
+    assert {"encode_p50_ms", "decode_p95_ms", "both_p50_ms", "peak_memory_gb"} <= set(figures)
+    assert figures["both_p50_ms"]["value"] >= figures["encode_p50_ms"]["value"] > 0 and any("batch 32" in name for name in figures)
+
+
+# Crowds
+
+def test_fd_of_real_frames_is_its_own_floor_and_noise_is_far(small_encoder):
+    [real] = fd_figures(np.array, SAMPLES, PONG, 64, count=40)
+    assert math.isclose(real.value, real.ceiling) and real.n == 40 and real.interval[0] < real.interval[1]
+    [noise] = fd_figures(lambda frames: np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8), SAMPLES, PONG, 64, count=40)
+    assert noise.value > 2 * real.value and noise.ceiling == real.ceiling
+
+
+def test_a_crowd_needs_two():
+    with pytest.raises(ValueError, match="two pictures or more, got 1 and 5"): frechet(np.zeros((1, 3)), np.zeros((5, 3)))
+
+
+def test_the_encoder_learns_from_games_with_a_memory_and_comes_back(tmp_path):
+    config = TrainConfig(steps=60, lr=3e-3, ema=0.9, dtype="float32")
+    trained = train_encoder(SAMPLES, tmp_path / "run", config, [PONG, BREAKOUT], pairs=8, quiet=True)
+    batch, fresh = evaluation.encoder_batches(SAMPLES, [PONG, BREAKOUT], 8)(0), GameEncoder([PONG, BREAKOUT])
+    fresh.centre[:], fresh.spread[:] = trained.centre, trained.spread
+    before, after = (evaluation.encoder_loss(model, batch)[0].item() for model in (fresh, trained))
+    assert after < 0.95 * before, "a hundred steps say little about the memory yet, but they say something"
+    frames = data.clips(SAMPLES, [PONG], 1, 128, 4)["frames"][:, 0]
+    again = evaluation.game_encoder(str(tmp_path / "run"))
+    assert again.games == [PONG, BREAKOUT] and np.allclose(trained.describe(frames), again.describe(frames), atol=0.05)
+    assert (trained.spread == 0).any(), "bytes that never change are left out"
+
+
+def test_recordings_without_a_memory_are_refused(tmp_path):
+    episode = data.read_episode(data.episodes(SAMPLES, [PONG])[0])
+    for seed in range(20): data.write_episode(data.episode_path(tmp_path, PONG, seed, "mixed"), replace(episode, ram=None, seed=seed))
+    with pytest.raises(ValueError, match="without the console's memory"): evaluation.encoder_batches(tmp_path, [PONG], 4)
+
+
+class Inception(torch.nn.Module):
+    "Stands in for the extractor of torch-fidelity: same call, mean colours instead of 2,048 features."
+    def __init__(self, name, features, feature_extractor_weights_path):
+        super().__init__()
+        assert (name, features) == ("inception-v3-compat", ["2048"]) and feature_extractor_weights_path.endswith(".pth")
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        return (x.float().mean((2, 3)),)
+
+
+def test_fid_is_there_when_its_weights_are_and_only_then(tmp_path, monkeypatch):
+    package, module = ModuleType("torch_fidelity"), ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = Inception
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    try:
+        evaluation.inception.cache_clear()
+        assert evaluation.fid(np.array, SAMPLES, [PONG], 64, count=20) is None                     # no package
+        monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+        monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+        evaluation.inception.cache_clear()
+        assert evaluation.fid(np.array, SAMPLES, [PONG], 64, count=20) is None                     # no weights
+        file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+        file.parent.mkdir()
+        file.touch()
+        evaluation.inception.cache_clear()
+        figure = evaluation.fid(np.array, SAMPLES, [PONG], 64, count=20)
+        assert figure.name == "fid" and figure.n == 20 and math.isclose(figure.value, figure.ceiling)
+    finally:
+        evaluation.inception.cache_clear()
