@@ -818,6 +818,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lwm_course.training.interval': ('training.html#interval', 'lwm_course/training.py'),
                                      'lwm_course.training.is_tokenizer': ('training.html#is_tokenizer', 'lwm_course/training.py'),
                                      'lwm_course.training.load_checkpoint': ('training.html#load_checkpoint', 'lwm_course/training.py'),
+                                     'lwm_course.training.load_into': ('training.html#load_into', 'lwm_course/training.py'),
                                      'lwm_course.training.load_model': ('training.html#load_model', 'lwm_course/training.py'),
                                      'lwm_course.training.make_optimizer': ('training.html#make_optimizer', 'lwm_course/training.py'),
                                      'lwm_course.training.plot_history': ('training.html#plot_history', 'lwm_course/training.py'),

@@ -359,6 +359,10 @@ GATES = [
     Gate("M3", "a game never seen (our own)", "unseen_reconstruction_psnr", 30, "dB", pivot=BETTER, file="tokenizer"),
     Gate("M3", "one frame of 256 px in and out (our own)", "both_p50_ms", 20, "ms", higher=False, pivot=FASTER, file="bench_tokenizer"),
     Gate("M3", "Frechet distance (true FID only)", "fid", 50, higher=False, pivot=BETTER),
+]
+
+# %% ../nbs/00_start.ipynb #56657fa5
+GATES += [
     Gate("D1", "peak memory", "peak_memory_gb", 8, "GB", higher=False, no_go=12, pivot=FASTER, file="bench"),
     Gate("D1", "reconstruction", "reconstruction_psnr", 28, "dB", no_go=20, pivot=BETTER, file="eval train"),
     Gate("D1", "frames without divergence", "frames_to_collapse", 30, "frames", bar=3600, pivot=BETTER),
@@ -367,10 +371,6 @@ GATES = [
     Gate("M4", "skill over copying (our own)", "skill", 0.8, no_go=0, pivot=BETTER),
     Gate("M4", "frames without divergence", "frames_to_collapse", 30, "frames", bar=3600, pivot=BETTER),
     Gate("M4", "action response", "action_response", 0.7, bar=0.9, pivot="balanced actions, a stronger action input"),
-]
-
-# %% ../nbs/00_start.ipynb #56657fa5
-GATES += [
     Gate("M5", "coherent teacher rollout", "teacher_coherent_s", 30, "s", pivot="a smaller teacher, or the emulator itself"),
     Gate("M6", "similarity to the teacher", "teacher_similarity", 0.6, bar=0.85, pivot=GENRE),
     Gate("M6", "Frechet video distance (true FVD only)", "fvd", 250, higher=False, pivot=BETTER),

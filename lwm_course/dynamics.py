@@ -572,13 +572,7 @@ class _Saves(_Resets):
                         device: str = "auto", dtype: str = "auto") -> "WorldModel":
         "Load a world model, ready to play."
         folder = find_pretrained(name)
-        weights, config = training.load_model(folder)
-        try:
-            dynamics = Dynamics(DynamicsConfig(**config))
-            dynamics.load_state_dict(weights)
-        except (TypeError, RuntimeError) as error:      # other fields, other layers
-            raise ValueError(f"{folder} holds no world model of this course, or config.json and model.safetensors do not belong "
-                             f"together: {error}") from error
+        dynamics = training.load_into(folder, lambda config: Dynamics(DynamicsConfig(**config)), "world model")
         return cls(Tokenizer.from_pretrained(folder, "cpu", "float32"), dynamics, folder).ready(device, dtype)
 
 # %% ../nbs/07_dynamics.ipynb #497f9ca9

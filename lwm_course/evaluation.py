@@ -439,9 +439,7 @@ def train_encoder(folder: str | Path,           # episodes with their memory
 def game_encoder(name: str = "game-encoder"  # shipped name, folder or Hub id
                  ) -> GameEncoder:
     "The network of `fd_game`, ready to describe."
-    weights, config = training.load_model(find_pretrained(name))
-    model = GameEncoder(**config)
-    model.load_state_dict(weights)
+    model = training.load_into(find_pretrained(name), lambda config: GameEncoder(**config), "game encoder")
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/08_evaluation.ipynb #eaf22c78

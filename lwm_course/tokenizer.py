@@ -518,13 +518,7 @@ class Pretrained(nn.Module):
         "Load a tokenizer, or the tokenizer of a world model, ready to encode and decode."
         folder = find_pretrained(name)
         if (folder / "tokenizer").exists(): folder = folder / "tokenizer"
-        weights, config = training.load_model(folder)
-        try:
-            model = cls(TokenizerConfig(**config))
-            model.load_state_dict(weights)
-        except (TypeError, RuntimeError) as error:   # other fields, other layers
-            raise ValueError(f"{folder} holds no tokenizer of this course, or config.json and model.safetensors do not belong "
-                             f"together: {error}") from error
+        model = training.load_into(folder, lambda config: cls(TokenizerConfig(**config)), "tokenizer")
         return model.ready(device, dtype)
 
     def ready(self, device: str = "auto", dtype: str = "auto") -> "Tokenizer":

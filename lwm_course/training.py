@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MODELS', 'FREE', 'device', 'dtype', 'psnr', 'ssim', 'interval', 'Summary', 'to_float', 'to_uint8', 'changed_mask',
            'changed_psnr', 'check_frames', 'check_tokens', 'TrainConfig', 'schedule', 'make_optimizer', 'EMA',
-           'step_seed', 'to_device', 'shard', 'batches', 'save_model', 'load_model', 'find_pretrained', 'is_tokenizer',
-           'push_folder', 'save_checkpoint', 'load_checkpoint', 'Workers', 'Run', 'Diverged', 'advance', 'save',
-           'restore', 'data_hash', 'write_ledger', 'write_plain_ledger', 'plot_history', 'Progress', 'interruptible',
-           'validate', 'fit']
+           'step_seed', 'to_device', 'shard', 'batches', 'save_model', 'load_model', 'load_into', 'find_pretrained',
+           'is_tokenizer', 'push_folder', 'save_checkpoint', 'load_checkpoint', 'Workers', 'Run', 'Diverged', 'advance',
+           'save', 'restore', 'data_hash', 'write_ledger', 'write_plain_ledger', 'plot_history', 'Progress',
+           'interruptible', 'validate', 'fit']
 
 # %% ../nbs/02_training.ipynb #e1016d73
 import contextlib, hashlib, io, itertools, json, math, os, signal, sys, tempfile, threading, time
@@ -350,6 +350,21 @@ def load_model(folder: str | Path  # written by `save_model`
     remedy = f"save or download the model in {folder} again"
     config = _read(folder / "config.json", _read_json, remedy)
     return _read(folder / "model.safetensors", load_file, remedy), config
+
+# %% ../nbs/02_training.ipynb #e3697ac9
+def load_into(folder: str | Path,             # written by `save_model`
+              build: Callable[[dict], nn.Module],  # configuration -> module with any weights
+              what: str                       # it should be, for the message
+              ) -> nn.Module:
+    "A saved model, built from its configuration and filled with its weights."
+    weights, config = load_model(folder)
+    try:
+        module = build(config)
+        module.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:   # other fields, other layers
+        raise ValueError(f"{folder} holds no {what} of this course, or config.json and model.safetensors do not belong "
+                         f"together: {error}") from error
+    return module
 
 # %% ../nbs/02_training.ipynb #1a2aeeb1
 MODELS = root() / "lwm_course" / "models"
