@@ -360,6 +360,7 @@ class GameEncoder(nn.Module):
                                   nn.Linear(64 * 16, 256), nn.SiLU(), nn.Linear(256, features))
         self.pair = nn.Sequential(nn.Linear(2 * features, 128), nn.SiLU(), nn.Linear(128, features), nn.SiLU())
         self.memory, self.key = nn.Linear(features, G * 128), nn.Linear(features, G * 18)  # what is read from it, game by game
+        self.which = nn.Linear(features, G)                                                # and which game it is
         self.register_buffer("centre", torch.zeros(G, 128))     # of each byte of the memory ...
         self.register_buffer("spread", torch.zeros(G, 128))     # ... and its deviation; 0: it never changes, or means nothing
 
@@ -393,24 +394,26 @@ def encoder_batches(folder: str | Path,  # episodes with their memory
 
 
 def encoder_loss(model: GameEncoder, batch: dict, step: int = 0) -> tuple[Tensor, dict]:
-    "How badly the memory is read from a frame, and the key from two; with the shares that are explained, and right."
+    "How badly game and memory are read from a frame, and the key from two; with the shares that are explained, and right."
     here, there = model(batch["frames"].flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
     rows, game = torch.arange(len(here)), batch["game"]
     spread = model.spread[game]
     true = ((batch["ram"] - model.centre[game]) / spread.clamp_min(1)).clamp(-3, 3) * (spread > 0)           # (B, 128)
     read = model.memory(here).unflatten(1, (-1, 128))[rows, game] * (spread > 0)
     key = model.key(model.pair(torch.cat([here, there], 1))).unflatten(1, (-1, 18))[rows, game]              # (B, 18)
-    unread, wrong = (read - true).square().mean(), F.cross_entropy(key, batch["keys"])
-    return unread + 0.1 * wrong, {"explained": 1 - unread.detach() / true.square().mean(),
-                                  "keys_right": (key.argmax(1) == batch["keys"]).float().mean()}
+    unread, wrong, lost = (read - true).square().mean(), F.cross_entropy(key, batch["keys"]), F.cross_entropy(model.which(here), game)
+    right = lambda logits, truth: (logits.argmax(1) == truth).float().mean()
+    return unread + 0.1 * wrong + 0.3 * lost, {"explained": 1 - unread.detach() / true.square().mean(),
+        "keys_right": right(key, batch["keys"]), "games_right": right(model.which(here), game)}
 
 # %% ../nbs/08_evaluation.ipynb #0e0c8889
 ENCODER_CARD = """\
 # The network of fd_game
 
-It describes a frame of an Atari game by 32 numbers, from which the console's memory can be read, and is used to compare crowds of
-frames (`lwm_course.evaluation.fd_figures`). Trained by `lwm eval --train-encoder`. It explains {explained:.0%} of the variance of the
-memory in held-out frames, and tells the key from two frames in {keys_right:.0%}. Games: {games}.
+It describes a frame of an Atari game by 32 numbers, from which the game and the console's memory can be read, and is used to compare
+crowds of frames (`lwm_course.evaluation.fd_figures`). Trained by `lwm eval --train-encoder`. On held-out frames it names the game in
+{games_right:.0%}, explains {explained:.0%} of the variance of the memory, and tells the key from two frames in {keys_right:.0%}.
+Games: {games}.
 """
 
 def train_encoder(folder: str | Path,           # episodes with their memory
@@ -657,7 +660,7 @@ def play_figures(wm: WorldModel,          # or anything with its `start` and `st
                  horizons: tuple[int, ...] = HORIZONS,  # frames after which true and random keys are compared
                  seed: int = 0
                  ) -> list[course.Figure]:
-    "Rollouts of some seconds: error against copying, what the keys matter (Genie's delta-PSNR), motion, objects, balls."
+    "Rollouts of some seconds: error against copying, what the keys matter (Genie's delta-PSNR), motion, objects, balls, crowds."
     game, keys = clips[0].episode.game, np.stack([clip.keys(frames) for clip in clips])
     true, last = np.stack([clip.frames(0, frames) for clip in clips]), np.stack([clip.frames(-1, 0) for clip in clips])
     shown = np.stack(list(roll(wm, clips, keys, game)), 1)                              # (B, N, H, W, 3)
@@ -673,6 +676,12 @@ def play_figures(wm: WorldModel,          # or anything with its `start` and `st
     moves = [[motion(film, before[0]) for film, before in zip(films, last)] for films in (shown, true)]
     add("motion_ratio", share, *moves, baseline=0.0, ceiling=1.0)
     for n in sorted({min(15, frames), frames}): figures += object_figures(clips, shown[:, :n], true[:, :n], seed)
+    describe = lambda films: np.stack([game_encoder().describe(film[frames // 2:]) for film in films])        # (B, n, features)
+    real, own = describe(true), describe(shown)
+    apart = lambda a, b: frechet(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+    copies = apart(real, describe(last.repeat(frames, 1)))
+    add(f"rollout_fd_game_{frames / data.FPS:g}s", apart, real, own, baseline=copies, ceiling=0.0,
+        source="the second half of the rollouts against the real continuation; lower is better")
     return figures
 
 # %% ../nbs/08_evaluation.ipynb #702fb2de

@@ -204,6 +204,8 @@ def test_play_figures_of_the_real_game_of_a_copier_and_of_the_deaf(emulator, cli
     assert of(real, "rollout_psnr_10").value == 80 and of(real, "delta_psnr_8").value > 0
     assert of(copier, "motion_ratio").value == 0
     for name in ("rollout_psnr_10", "objects_2s", "one_ball_2s"): assert of(copier, name).value == of(copier, name).baseline
+    assert of(real, "rollout_fd_game_2s").value < 1e-6 < of(deaf, "rollout_fd_game_2s").value
+    assert math.isclose(of(copier, "rollout_fd_game_2s").value, of(copier, "rollout_fd_game_2s").baseline)
     for h in evaluation.HORIZONS: assert of(copier, f"delta_psnr_{h}").value == of(deaf, f"delta_psnr_{h}").value == 0
     assert of(deaf, "objects_2s").value < 1 and of(deaf, "rollout_psnr_10").value < 80
 
