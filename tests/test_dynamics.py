@@ -445,3 +445,27 @@ def test_shipped_model_plays_every_game_in_one_batch(nano):
     assert shown.shape == (len(nano.games), *nano.frame_size, 3)
     for before, now in zip(frames[:, -1], shown.cpu().numpy()):     # the same game, still: most of the picture stands
         assert (before == now).all(-1).mean() > 0.6
+
+
+@pytest.mark.parametrize("quantizer", ["none", "open"])
+def test_train_a_tokenizer_alone_then_measure_it(quantizer, tmp_path, monkeypatch, capsys):
+    "The ways out that the plan names are switches: without a quantizer, without networks, smaller frames."
+    samples = course.root() / "data_samples"
+    monkeypatch.setattr(data, "collect", lambda *args, **more: None)        # the samples are play enough
+    arguments = ["--tokenizer-only", "--quantizer", quantizer, "--codes", "300", "--frame-size", "64", "--tokenizer-minutes", "0.01"]
+    assert course.main(["train", "--games", "ALE/Breakout-v5", "--play", str(samples), "--out", str(tmp_path), *arguments]) == 0
+    assert f"lwm eval --model {tmp_path / 'tokenizer'}" in capsys.readouterr().out and not (tmp_path / "dynamics").exists()
+    made = Tokenizer.from_pretrained(str(tmp_path / "tokenizer"))
+    assert made.config.games == ("ALE/Breakout-v5",) and made.config.quantizer == quantizer and made.frame_size == (64, 64)
+    assert json.loads((tmp_path / "tokenizer" / "ledger.json").read_text())["status"] == "finished"
+    frames = data.clips(samples, ["ALE/Breakout-v5"], 1, 64, 2)["frames"][:, 0]
+    assert made.reconstruct(frames).shape == (2, 64, 64, 3)
+
+
+@pytest.mark.parametrize("arguments, words", [(["--quantizer", "none"], ["none", "--tokenizer-only"]),
+                                              (["--start", "nano", "--codes", "12"], ["--start", "nano", "--codes"]),
+                                              (["--start", "nano", "--frame-size", "64"], ["--start", "nano", "--frame-size"])])
+def test_train_refuses_what_does_not_go_together(arguments, words, tmp_path, capsys):
+    assert course.main(["train", "--out", str(tmp_path), *arguments]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in last for word in words) and not list(tmp_path.iterdir())
