@@ -331,7 +331,11 @@ def tokenizer_figures(tokenizer: Tokenizer,
             figures += [replace(f, name=new + f.name) for f in fd]
         if not (size := tokenizer.codebook_size): continue
         add("token_flicker", np.nanmean, "flicker", ceiling=0.0)
-        add("perplexity", lambda tokens: perplexity(tokens.astype(np.int64), size), "tokens", ceiling=float(size))
+        spells = tokenizer.config.quantizer == "open"
+        known = tokenizer.quantizer.codes if spells else size
+        add("perplexity", lambda tokens: perplexity(tokens.astype(np.int64), size), "tokens", ceiling=float(known))
+        if spells: add("tokens_spelled", lambda tokens: np.mean(tokens >= known), "tokens", ceiling=0.0,
+                       source="by two colours and a mask, a longer token than those of the dictionary")
     return figures
 
 # %% ../nbs/08_evaluation.ipynb #8d022721
