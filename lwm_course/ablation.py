@@ -187,9 +187,8 @@ def ablation_table(rows: list[dict]  # of the results file
 def run_ablate(args) -> None:
     "`lwm ablate`: losses and quantizers at equal steps."
     play = args.play if Path(args.play).is_dir() else root() / args.play
-    there = {path.parent: path for path in data.episodes(play)}
-    if not there: raise ValueError(f"{args.play} has no episodes. Collect some: lwm data collect GAME --out {args.play}")
-    names = [data.read_episode(path).game for path in there.values()]
+    names = data.recorded_games(play)
+    if not names: raise ValueError(f"{args.play} has no episodes. Collect some: lwm data collect GAME --out {args.play}")
     for game in args.games: nearest(game, names)
     losses = list(LOSSES) if args.losses is None else args.losses
     if args.losses is None:

@@ -610,8 +610,8 @@ def changed_pixels(frame: np.ndarray,   # uint8 (B, H, W, 3)
                    reach: int = 2       # pixels by which the region is grown
                    ) -> np.ndarray:     # bool (B, H, W)
     "Where a frame differs from the one before, and around it."
-    changed = torch.from_numpy((frame != before).any(-1))[:, None].float()
-    return F.max_pool2d(changed, 2 * reach + 1, 1, reach)[:, 0].numpy() > 0
+    frame, before = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (frame, before))
+    return training.changed_mask(frame, before, reach)[:, 0].numpy() > 0
 
 
 def mse(a: np.ndarray,  # uint8 (B, H, W, 3)

@@ -6,7 +6,7 @@
 __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'ENCODER_CARD', 'HORIZONS', 'PATIENCE', 'presence', 'own_colour', 'cut', 'Target',
            'background', 'targets', 'blobs', 'field', 'count_balls', 'Stretch', 'stretches', 'figure', 'decibel',
            'share', 'targets_of', 'recall', 'recall_figures', 'redrawn', 'examine_clip', 'tokenizer_figures', 'frechet',
-           'GameEncoder', 'encoder_batches', 'encoder_loss', 'train_encoder', 'game_encoder', 'training_crowd',
+           'GameEncoder', 'encoder_batches', 'encoder_loss', 'train_encoder', 'game_encoder', 'training_crowds',
            'fd_figures', 'inception', 'fid', 'grouped', 'answers', 'response_figures', 'Simulator', 'Deaf', 'Copier',
            'roll', 'errors', 'motion', 'ball_counter', 'object_figures', 'play_figures', 'recordings', 'entropies',
            'lately', 'outside', 'collapse', 'long_play', 'long_figures', 'Effort', 'measure', 'figure_table', 'strip',
@@ -278,8 +278,7 @@ def redrawn(tokenizer: Tokenizer,
             ) -> np.ndarray:     # the same
     "What the tokenizer makes of frames, a few at a time."
     parts = np.array_split(frames, -(-len(frames) // 16))
-    if not tokenizer.codebook_size: return np.concatenate([tokenizer.reconstruct(part).cpu().numpy() for part in parts])
-    return np.concatenate([tokenizer.decode(tokenizer.encode(part)).cpu().numpy() for part in parts])
+    return np.concatenate([tokenizer.reconstruct(part).cpu().numpy() for part in parts])
 
 
 def examine_clip(tokenizer: Tokenizer,
@@ -289,12 +288,13 @@ def examine_clip(tokenizer: Tokenizer,
                  ) -> dict:        # errors, ssim, objects, frames, flicker, tokens
     "What reconstruction does to one clip."
     true, before = stretch.frames(0, length), stretch.frames(-1, length - 1)
-    drawn = redrawn(tokenizer, true)
-    row = {"error": mse(drawn, true).mean(), "there": targets_of(stretch, range(length), still), "drawn": drawn, "before": before}
+    row = {"there": targets_of(stretch, range(length), still), "before": before}
     if tokenizer.codebook_size:
-        tokens, earlier = tokenizer.encode(true).cpu(), tokenizer.encode(before).cpu()
-        changed = patches_changed(true, before, tokenizer.config.patch)
-        row |= {"tokens": tokens.numpy(), "flicker": token_flicker(tokens, earlier, changed)}
+        tokens, earlier = tokenizer.encode(true), tokenizer.encode(before).cpu()
+        drawn, changed = tokenizer.decode(tokens).cpu().numpy(), patches_changed(true, before, tokenizer.config.patch)
+        row |= {"tokens": tokens.cpu().numpy(), "flicker": token_flicker(tokens.cpu(), earlier, changed)}
+    else: drawn = redrawn(tokenizer, true)
+    row |= {"drawn": drawn, "error": mse(drawn, true).mean()}
     for name, frames in (("moving", drawn), ("moving_copy", before)):
         row[name] = 10 ** (-changed_psnr(frames, true, before) / 10)
     with suppress(course.MissingExtra): row["ssim"] = training.ssim(drawn, true)
@@ -451,9 +451,10 @@ def game_encoder(name: str = "game-encoder"  # shipped name, folder or Hub id
 
 # %% ../nbs/08_evaluation.ipynb #eaf22c78
 @functools.cache
-def training_crowd(folder: str, game: str, count: int, seed: int) -> np.ndarray:   # (count, features)
-    "What real training frames of a game are like."
-    return game_encoder().describe(data.clips(folder, [game], 1, 128, count, "train", seed)["frames"][:, 0])
+def training_crowds(folder: str, count: int, seed: int) -> dict[str, np.ndarray]:   # game -> (count, features)
+    "What real training frames of every game of a folder are like."
+    crowd = lambda game: data.clips(folder, [game], 1, 128, count, "train", seed)["frames"][:, 0]
+    return {game: game_encoder().describe(crowd(game)) for game in data.recorded_games(folder)}
 
 
 def fd_figures(redraw: Callable,     # real frames uint8 (N, H, W, 3) -> a model's version of them
@@ -465,7 +466,7 @@ def fd_figures(redraw: Callable,     # real frames uint8 (N, H, W, 3) -> a model
                seed: int = 0
                ) -> list[course.Figure]:
     "How far a model's frames are, as a crowd, from real ones of training; floor: real held-out frames; ceiling: other games'."
-    known = {other: training_crowd(str(folder), other, count, seed) for other in data.recorded_games(folder)}
+    known = training_crowds(str(folder), count, seed)
     others = [known[other] for other in known if other != game]
     apart, describe = functools.partial(frechet, known[game]), game_encoder().describe
     held = data.clips(folder, [game], 1, side, count, split, seed)["frames"][:, 0]

@@ -6,10 +6,11 @@
 __all__ = ['BALLS', 'FAR', 'QUANTIZERS', 'PLACED', 'THOUSAND', 'TOKENIZER_SIZES', 'LOSSES', 'MOVES', 'LITTLE', 'ball', 'box',
            'Codebook', 'VQ', 'Digits', 'FSQ', 'Scalar', 'Companded', 'LSQ', 'RVQ', 'Hybrid', 'Continuous', 'Dictionary',
            'two_colours', 'TwoTone', 'OpenDictionary', 'perplexity', 'TokenizerConfig', 'PatchBlock', 'Encoder',
-           'patches_changed', 'token_flicker', 'ConvBlock', 'Decoder', 'Pretrained', 'Patches', 'Mosaic', 'distinct',
-           'Autoencoder', 'Tokenizer', 'pixel_error', 'where_it_moves', 'motion_loss', 'multiscale_loss', 'perceptual',
-           'lpips_loss', 'Critic', 'adversarial_loss', 'Judged', 'from_step', 'reconstruction_loss', 'FrameWindows',
-           'patch_counts', 'place_dictionary', 'Redrawn', 'train_tokenizer', 'contrast', 'Probe', 'examine']
+           'patches_changed', 'token_flicker', 'ConvBlock', 'Decoder', 'Pretrained', 'Patches', 'Mosaic', 'tiles_of',
+           'distinct', 'Autoencoder', 'Tokenizer', 'pixel_error', 'where_it_moves', 'motion_loss', 'multiscale_loss',
+           'perceptual', 'lpips_loss', 'Critic', 'adversarial_loss', 'Judged', 'from_step', 'reconstruction_loss',
+           'FrameWindows', 'patch_counts', 'place_dictionary', 'Redrawn', 'train_tokenizer', 'contrast', 'Probe',
+           'examine']
 
 # %% ../nbs/03_tokenizer.ipynb #e7daa23f
 import functools, itertools, math, time
@@ -547,6 +548,13 @@ class Mosaic(Patches):
         return F.pixel_shuffle(code.permute(0, 3, 1, 2), self.patch)
 
 
+def tiles_of(frames: Tensor,  # uint8 (B, H, W, 3)
+             patch: int       # pixels per side
+             ) -> Tensor:     # (B, h, w, patch, patch, 3)
+    "Frames, cut into patches."
+    return frames.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)
+
+
 def distinct(tiles: Tensor  # uint8 (N, ...) with an even number of bytes each
              ) -> tuple[Tensor, Tensor]:   # the different ones (M, ...), and for each of the N which of them it is
     "Each different tile once, told apart by a random sum of 64 bits: two have a chance below 2^-48 to be taken for one."
@@ -596,7 +604,7 @@ class Tokenizer(Autoencoder):
         self._needs_tokens()
         frames, (device, dtype), patch = torch.as_tensor(frames), self._where, self.config.patch
         check_frames(frames, self.frame_size)
-        tiles = frames.to(device).unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3) # (B, h, w, patch, patch, 3)
+        tiles = tiles_of(frames.to(device), patch)
         different, which = distinct(tiles.reshape(-1, patch, patch, 3))
         parts = different.split(8192) if len(different) else ()
         tokens = [which[:0], *(self.quantizer(self.encoder(to_float(part).to(dtype)))[1].flatten() for part in parts)]
@@ -781,7 +789,7 @@ def patch_counts(pairs: np.ndarray,  # uint8 (N, 2, H, W, 3), neighbours in time
     for part in np.array_split(pairs, -(-len(pairs) // 64)):
         before, now = (torch.from_numpy(part[:, i].copy()) for i in (0, 1))
         moved = patches_changed(now, before, patch).flatten().float()
-        new = now.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3).reshape(-1, patch, patch, 3)
+        new = tiles_of(now, patch).reshape(-1, patch, patch, 3)
         counts = torch.cat([counts, torch.stack([torch.ones_like(moved), moved])], 1)
         tiles, which = distinct(torch.cat([tiles, new]))
         counts = torch.zeros(2, len(tiles)).index_add_(1, which, counts)

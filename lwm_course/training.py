@@ -589,6 +589,18 @@ def data_hash(folder: str | Path,  # episodes, or their tokens
     found = [f"{p.parent.name}/{p.name} {p.stat().st_size}" for p in episodes(folder, games)]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
+# %% ../nbs/02_training.ipynb #35c3a39c
+def _put_ledger(folder, status, seconds, parameters, metrics, config, data_hash, session, *, device_name, steps=0, skipped=0,
+                device="cpu", devices=1, dtype="float32", sessions=()):
+    "What every ledger says, in one place."
+    hours = seconds / 3600 * devices
+    write_json(Path(folder) / "ledger.json", {
+        "status": status, "date": _now(), "steps": steps, "skipped_steps": skipped, "seconds": round(seconds, 2), "device": device,
+        "devices": devices, "dtype": dtype, "device_name": device_name, "device_hours": hours,
+        "cost_usd": hours * config.cost_per_hour, "seed": config.seed, "data_hash": data_hash, "parameters": parameters,
+        "metrics": metrics, "config": asdict(config), "git_revision": session["git_revision"], "machine": session["machine"],
+        "sessions": list(sessions)})
+
 # %% ../nbs/02_training.ipynb #8312e75c
 def write_ledger(run: Run,     # with a folder
                  status: str,  # "running", "finished", "interrupted" or "diverged"
@@ -599,14 +611,11 @@ def write_ledger(run: Run,     # with a folder
     validated = [row for row in run.history if "loss" not in row][-1:]
     metrics = {key: value for row in trained + validated for key, value in row.items()}
     for key in ("step", "elapsed", "lr", "norm"): metrics.pop(key, None)
-    hours, place, now = run.elapsed / 3600 * run.workers.world, run.workers.device, run.sessions[-1]
-    write_json(run.folder / "ledger.json", {
-        "status": status, "date": _now(), "steps": run.step, "skipped_steps": run.skipped, "seconds": round(run.elapsed, 2),
-        "device": place.type, "devices": run.workers.world, "dtype": str(run.products).removeprefix("torch."),
-        "device_name": torch.cuda.get_device_name(place) if place.type == "cuda" else now["machine"]["cpu"],
-        "device_hours": hours, "cost_usd": hours * run.config.cost_per_hour, "seed": run.config.seed, "data_hash": run.data_hash,
-        "parameters": sum(p.numel() for p in run.model.parameters()), "metrics": metrics, "config": asdict(run.config),
-        "git_revision": now["git_revision"], "machine": now["machine"], "sessions": run.sessions})
+    place, now = run.workers.device, run.sessions[-1]
+    _put_ledger(run.folder, status, run.elapsed, sum(p.numel() for p in run.model.parameters()), metrics, run.config, run.data_hash, now,
+                steps=run.step, skipped=run.skipped, device=place.type, devices=run.workers.world,
+                dtype=str(run.products).removeprefix("torch."), sessions=run.sessions,
+                device_name=torch.cuda.get_device_name(place) if place.type == "cuda" else now["machine"]["cpu"])
 
 # %% ../nbs/02_training.ipynb #a57c260b
 def write_plain_ledger(folder: str | Path,  # of the model
@@ -617,12 +626,8 @@ def write_plain_ledger(folder: str | Path,  # of the model
                        data_hash: str | None = None  # identity of the data
                        ) -> None:
     "Write `ledger.json` for a model that was not trained by gradients, and so not by `fit`."
-    found, hours = machine(), seconds / 3600
-    write_json(Path(folder) / "ledger.json", {
-        "status": "finished", "date": _now(), "steps": 0, "skipped_steps": 0, "seconds": round(seconds, 2), "device": "cpu",
-        "devices": 1, "dtype": "float32", "device_name": found["cpu"], "device_hours": hours, "cost_usd": hours * config.cost_per_hour,
-        "seed": config.seed, "data_hash": data_hash, "parameters": parameters, "metrics": metrics, "config": asdict(config),
-        "git_revision": git_revision(), "machine": found, "sessions": []})
+    session = {"machine": machine(), "git_revision": git_revision()}
+    _put_ledger(folder, "finished", seconds, parameters, metrics, config, data_hash, session, device_name=session["machine"]["cpu"])
 
 # %% ../nbs/02_training.ipynb #ca3ae944
 def _now() -> str: return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -329,9 +329,9 @@ def small_encoder(monkeypatch):
     torch.manual_seed(0)
     encoder = GameEncoder([PONG]).eval()
     monkeypatch.setattr(evaluation, "game_encoder", lambda: encoder)
-    evaluation.training_crowd.cache_clear()
+    evaluation.training_crowds.cache_clear()
     yield encoder
-    evaluation.training_crowd.cache_clear()
+    evaluation.training_crowds.cache_clear()
 
 
 def test_a_tokenizer_is_measured_alone_and_strangers_are_named(tokenizer_folder, small_encoder, tmp_path, capsys):
