@@ -936,7 +936,7 @@ def check_command(parser):
 # %% ../nbs/00_start.ipynb #5b540317
 COMMANDS = {
     "data":   ("data", "collect, validate and record play of real games"),
-    "train":  ("dynamics", "train a tokenizer and a world model"),
+    "train":  ("recipe", "train a tokenizer and a world model"),
     "play":   ("demo", "play a world model in the browser, on this machine only"),
     "demo":   ("demo", "serve the demo page"),
     "bench":  ("evaluation", "measure key-to-pixels latency, frames per second and memory"),

@@ -75,18 +75,18 @@ class _Weights(nn.Module):
                  head: int = 32,    # P, channels that share one decay
                  expand: int = 1,   # inner width / width
                  conv: int = 4,     # steps that the causal convolution sees: exact short recall
-                 chunk: int = 32    # steps per matrix product in training
+                 chunk: int = 32,   # steps per matrix product in training
+                 bias: bool = True  # of the convolution; without it, a layer that only ever saw zeros has a state of zeros
                  ):
         super().__init__()
         self.inner, self.state, self.head, self.chunk = width * expand, state, head, chunk
         if self.inner % head: raise ValueError(f"width * expand = {self.inner} is not a multiple of head = {head}")
         self.heads, self.channels = self.inner // head, width * expand + 2 * state
         self.project = nn.Linear(width, self.inner + self.channels + self.heads, bias=False)
-        self.conv = nn.Conv1d(self.channels, self.channels, conv, groups=self.channels)
+        self.conv = nn.Conv1d(self.channels, self.channels, conv, groups=self.channels, bias=bias)
         self.dt_bias, self.A_log = nn.Parameter(torch.empty(self.heads)), nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
-        self.out = nn.Linear(self.inner, width, bias=False)
+        self.norm, self.out = nn.RMSNorm(self.inner, eps=1e-5), nn.Linear(self.inner, width, bias=False)
         self.reset_decay()
 
     def reset_decay(self, shortest: float = 1.0, longest: float = 256.0):
@@ -129,8 +129,27 @@ class _Ends(_Weights):
         y = (y + self.D.float()[:, None] * x).flatten(-2)
         return self.out(self.norm((y * F.silu(gate.float())).to(self.norm.weight.dtype)))
 
+# %% ../nbs/06_ssm.ipynb #669343f2
+class _Mix(_Ends):
+    "What happens over time."
+    def mix(self, xBC: Tensor,                 # the convolution's input (N, T, channels), from `split`
+            dt: Tensor,                        # step size (N, T, H), from `split`
+            state: tuple[Tensor, Tensor] | None = None,   # as in `forward`
+            scan=scan_chunked                  # or `scan_sequential`
+            ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:   # y and x (N, T, H, P) for `finish`, state after the last step
+        "Convolution and scan: the part of the layer in which one step meets another."
+        past, h = self.start(xBC.shape[0]) if state is None else state
+        seen = torch.cat([past.to(xBC.dtype), xBC], 1)        # (N, k-1+T, channels)
+        T, kernel = xBC.shape[1], self.conv.weight[:, 0]      # (channels, k): a sum of k products is faster than a convolution
+        mixed = sum(seen[:, i:i + T] * kernel[:, i] for i in range(kernel.shape[1]))
+        x, B, C = self.selected(mixed if self.conv.bias is None else mixed + self.conv.bias)
+        with torch.autocast(xBC.device.type, enabled=False):
+            options = {"chunk": self.chunk} if scan is scan_chunked else {}
+            y, h = scan(x, dt, -torch.exp(self.A_log.float()), B, C, h, **options)
+        return y, x, (seen[:, T:], h)
+
 # %% ../nbs/06_ssm.ipynb #b02d0dd8
-class Mamba2(_Ends):
+class Mamba2(_Mix):
     "A Mamba-2 layer (Dao & Gu 2024, section 7): projection, short causal convolution, selective scan, gated norm, projection."
     def forward(self, u: Tensor,                              # (N, T, D)
                 state: tuple[Tensor, Tensor] | None = None,   # from `start`, `forward` or `step`
@@ -138,25 +157,15 @@ class Mamba2(_Ends):
                 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:    # (N, T, D), state after the last step
         "Many steps at once, for training and for reading a context."
         self.check(u, "N, T, D", state)
-        past, h = self.start(u.shape[0]) if state is None else state
         gate, xBC, dt = self.split(u)
-        seen = torch.cat([past.to(xBC.dtype), xBC], 1)        # (N, k-1+T, channels)
-        x, B, C = self.selected(self.conv(seen.transpose(1, 2)).transpose(1, 2))
-        A = -torch.exp(self.A_log.float())
-        with torch.autocast(u.device.type, enabled=False):
-            options = {"chunk": self.chunk} if scan is scan_chunked else {}
-            y, h = scan(x, dt, A, B, C, h, **options)
-        return self.finish(y, x, gate), (seen[:, seen.shape[1] - past.shape[1]:], h)
+        y, x, state = self.mix(xBC, dt, state, scan)
+        return self.finish(y, x, gate), state
 
     def step(self, u: Tensor,                     # (N, D)
              state: tuple[Tensor, Tensor]         # from `start`, `forward` or `step`
              ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         "One step, for play: the cost does not depend on how long the game has lasted."
         self.check(u, "N, D", state)
-        past, h = state
         gate, xBC, dt = self.split(u)
-        seen = torch.cat([past.to(xBC.dtype), xBC[:, None]], 1)                        # (N, k, channels)
-        mixed = (seen * self.conv.weight[:, 0].t()).sum(1) + self.conv.bias            # the convolution's last output
-        x, B, C = self.selected(mixed)
-        y, h = scan_step(x, dt, -torch.exp(self.A_log.float()), B, C, h)
-        return self.finish(y, x, gate), (seen[:, 1:], h)
+        y, x, state = self.mix(xBC[:, None], dt[:, None], state, scan_sequential)
+        return self.finish(y[:, 0], x[:, 0], gate), state

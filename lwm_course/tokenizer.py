@@ -591,6 +591,12 @@ class Autoencoder(Pretrained):
         code, tokens, _ = self.quantizer(self.encoder(x))
         return (code if tokens is None else self.quantizer.code(tokens)), tokens
 
+    @torch.no_grad()
+    def code_table(self) -> Tensor:   # float32 (codebook, V)
+        "What each token means, in numbers: the pixels of a dictionary's patch, a network's code."
+        if not 0 < self.codebook_size <= 2 ** 18:
+            raise ValueError(f"a table lists 1 to 262,144 tokens, not {self.codebook_size:,}: 'none' has none, 'open' too many")
+        return self.quantizer.code(torch.arange(self.codebook_size, device=self._where[0])).float()
 
 # %% ../nbs/03_tokenizer.ipynb #40e5176e
 class Tokenizer(Autoencoder):
@@ -628,7 +634,7 @@ class Tokenizer(Autoencoder):
 
 # %% ../nbs/03_tokenizer.ipynb #bc377948
 TOKENIZER_SIZES = {     # name -> shape; the shipped one is `nano`
-    "nano": TokenizerConfig(),
+    "nano": TokenizerConfig(256, quantizer="dictionary", codes=16384),
     "tiny": TokenizerConfig(256, 16, encoder_width=1024, encoder_depth=4, width=512, depth=3),
     "base": TokenizerConfig(256, 16, encoder_width=1024, encoder_depth=6, width=672, depth=4),
     "large": TokenizerConfig(256, 16, encoder_width=1536, encoder_depth=6, width=1024, depth=4)}

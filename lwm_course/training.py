@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'FREE', 'device', 'dtype', 'psnr', 'ssim', 'interval', 'Summary', 'to_float', 'to_uint8', 'changed_mask',
-           'changed_psnr', 'check_frames', 'check_tokens', 'TrainConfig', 'schedule', 'make_optimizer', 'EMA',
-           'step_seed', 'to_device', 'shard', 'batches', 'save_model', 'load_model', 'load_into', 'find_pretrained',
-           'is_tokenizer', 'push_folder', 'save_checkpoint', 'load_checkpoint', 'Workers', 'Run', 'Diverged', 'advance',
-           'save', 'restore', 'data_hash', 'write_ledger', 'write_plain_ledger', 'plot_history', 'Progress',
-           'interruptible', 'validate', 'fit']
+           'changed_psnr', 'check_frames', 'check_tokens', 'TrainConfig', 'schedule', 'orthogonal', 'Muon',
+           'make_optimizer', 'EMA', 'step_seed', 'to_device', 'shard', 'batches', 'save_model', 'load_model',
+           'load_into', 'find_pretrained', 'is_tokenizer', 'push_folder', 'save_checkpoint', 'load_checkpoint',
+           'Workers', 'Run', 'Diverged', 'advance', 'save', 'restore', 'data_hash', 'write_ledger',
+           'write_plain_ledger', 'plot_history', 'Progress', 'interruptible', 'validate', 'fit']
 
 # %% ../nbs/02_training.ipynb #e1016d73
 import contextlib, hashlib, io, itertools, json, math, os, signal, sys, tempfile, threading, time
@@ -179,6 +179,7 @@ class TrainConfig:
     lr: float = 1e-3              # highest learning rate
     weight_decay: float = 0.01    # of matrices and kernels only
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memory of gradient and squared gradient
+    muon: bool = False            # Muon for the matrices that the model lists, AdamW for the rest
     warmup: float = 0.02          # share of the run in which the rate rises from 0
     decay: float = 0.2            # share of the run, its last, in which the rate falls to 0
     clip: float = 1.0             # longest allowed gradient (global norm); 0: no limit
@@ -213,15 +214,70 @@ def schedule(progress: float,       # share of the run that is done, in [0, 1]
     fall = (1 - progress) / decay if decay else 1.0
     return max(0.0, min(rise, 1.0, fall))
 
+# %% ../nbs/02_training.ipynb #muon0001
+def orthogonal(g: torch.Tensor,  # (N, rows, columns): N matrices of one shape
+               rounds: int = 5   # of Newton and Schulz
+               ) -> torch.Tensor:  # of the same shape
+    "The same matrices with singular values of about 1, by products alone (Jordan et al. 2024)."
+    if g.shape[1] > g.shape[2]: return orthogonal(g.mT, rounds).mT
+    x = g / (g.flatten(1).norm(dim=1)[:, None, None] + 1e-7)   # no singular value above 1
+    for _ in range(rounds):
+        s = x @ x.mT   # of the shorter side
+        x = torch.baddbmm(3.4445 * x, torch.baddbmm(-4.775 * s, s, s, alpha=2.0315), x)
+    return x
+
+# %% ../nbs/02_training.ipynb #5811af87
+class Muon(torch.optim.AdamW):
+    "Momentum made `orthogonal` (Jordan et al. 2024) for the groups of matrices marked so, AdamW for all the others."
+    @torch.no_grad()
+    def step(self):
+        "Update all parameters that have a gradient."
+        groups = self.param_groups
+        for group in groups:
+            if group.get("orthogonal"): self.turn(group)
+        self.param_groups = [group for group in groups if not group.get("orthogonal")]
+        try: super().step()
+        finally: self.param_groups = groups
+
+    def turn(self, group: dict,           # of `param_groups`
+             momentum: float = 0.95):     # memory of the gradient
+        "Move matrices, those of one shape together, each by as much as AdamW would (Liu et al. 2025, section 2.2)."
+        alike = {}
+        for p in group["params"]:
+            if p.grad is None: continue
+            memory = self.state[p]
+            if not memory: memory["momentum"] = torch.zeros_like(p)
+            past = memory["momentum"].lerp_(p.grad, 1 - momentum)
+            alike.setdefault(p.shape, []).append((p, p.grad.lerp(past, momentum)))   # Nesterov's: the newest gradient once more
+        for shape, pairs in alike.items():
+            size = 0.2 * max(shape) ** 0.5
+            for (p, _), way in zip(pairs, orthogonal(torch.stack([step for _, step in pairs]))):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(way, alpha=-group["lr"] * size)
+
+# %% ../nbs/02_training.ipynb #506da85d
+def _turned(model: nn.Module, config: TrainConfig) -> set:
+    "The parameters that Muon is to turn."
+    if not config.muon: return set()
+    if not hasattr(model, "hidden_matrices"):
+        raise ValueError(f"muon=True needs to know which weights are matrices between hidden layers: give {type(model).__name__} "
+                         "a method hidden_matrices() that returns a list of them, or train with muon=False")
+    turned = model.hidden_matrices()
+    wrong = [tuple(p.shape) for p in turned if p.ndim != 2]
+    if wrong: raise ValueError(f"Muon turns matrices, but hidden_matrices() of {type(model).__name__} lists shapes {wrong}")
+    return set(turned)
+
 # %% ../nbs/02_training.ipynb #adb94f2e
-def make_optimizer(model: nn.Module,    # whose parameters are trained
-                   config: TrainConfig  # lr, weight_decay, betas
+def make_optimizer(model: nn.Module,    # whose parameters are trained; for Muon it has a method `hidden_matrices()`
+                   config: TrainConfig  # lr, weight_decay, betas, muon
                    ) -> torch.optim.AdamW:
-    "AdamW (Loshchilov & Hutter 2019) that decays matrices and kernels, not biases, gains and other vectors."
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+    "AdamW, or Muon, that decays matrices and kernels, not biases, gains and other vectors."
+    params, turned = [p for p in model.parameters() if p.requires_grad], _turned(model, config)
+    rest = [p for p in params if p not in turned]
+    groups = [{"params": [p for p in params if p in turned], "orthogonal": True},
+              {"params": [p for p in rest if p.ndim >= 2]}, {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    kind = Muon if config.muon else torch.optim.AdamW
+    settings = dict(lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    return kind([group for group in groups if group["params"]], **settings)
 
 # %% ../nbs/02_training.ipynb #0767529f
 class EMA:
@@ -554,7 +610,7 @@ def save(run: Run) -> None:
 def _check_same(run: Run, state: dict, remedy: str) -> None:
     "Refuse a checkpoint of a run with other settings or other data."
     now = json.loads(json.dumps({**asdict(run.config), "data_hash": run.data_hash}))  # tuples become lists, as in the file
-    then = {**state["config"], "data_hash": state["data_hash"]}
+    then = {**asdict(TrainConfig(steps=1)), **state["config"], "data_hash": state["data_hash"]}  # a newer setting: default
     changed = [f"{key} was {then.get(key)} and is now {now[key]}" for key in now if key not in FREE and now[key] != then.get(key)]
     if changed: raise ValueError(f"{run.folder} holds a run with other settings: {', '.join(changed)}. {remedy}")
 

@@ -400,6 +400,39 @@ def test_objects_are_drawn_where_the_memory_says(game):
         assert there > beside + 0.2, name                                   # it is this place, not any place
 
 
+@pytest.mark.parametrize("game", sorted(data.NUMBERS))
+def test_numbers_in_the_memory_are_the_sums_of_rewards_and_the_lives_of_the_emulator(game):
+    env, numbers = Environment(game, (64, 64)), data.NUMBERS[game]
+    player, reserve = data.player_of("scripted", game, env.actions, 5), game in ("ALE/MsPacman-v5", "ALE/Kangaroo-v5")
+    total, points = 0, 0
+    for _ in range(900):
+        env.step_native(player(env))
+        total = 0 if env.games_started > 1 and env.reward == 0 and fresh else total + env.reward
+        points += abs(env.reward)
+        fresh, value = env.done, {name: int(number.read(env.ram)) for name, number in numbers.items()}
+        assert value.get("score", value.get("player_score", 0) - value.get("enemy_score", 0)) == total
+        lives = env._game.ale.lives()
+        if "lives" in numbers and lives: assert value["lives"] == lives - reserve
+    assert points > 0, "nothing was scored: this shows nothing"
+
+
+@pytest.mark.parametrize("game", sorted(data.NUMBERS))
+def test_numbers_in_recordings_change_with_their_rewards(game):
+    for path in episodes(SAMPLES, [game]):
+        episode, numbers = read_episode(path), data.NUMBERS[game]
+        score = numbers["score"].read(episode.ram) if "score" in numbers else (
+            numbers["player_score"].read(episode.ram) - numbers["enemy_score"].read(episode.ram))
+        within = ~np.r_[False, episode.ends[:-1]]       # not from one game to the next
+        assert (np.diff(score)[within] == episode.rewards[within]).all()
+
+
+def test_numbers_are_decoded():
+    number = data.Number((3, 1), 10)
+    ram = np.zeros((2, 128), np.uint8)
+    ram[1, [3, 1]] = 0x12, 0x34
+    assert number.read(ram).tolist() == [0, 12340] and data.Number((3,), decimal=False).read(ram[1]) == 0x12
+
+
 # Splits and clips
 
 def test_splits_never_change():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lwm_course import course, data, dynamics, evaluation
+from lwm_course import course, data, dynamics, evaluation, recipe
 from lwm_course.dynamics import (Dynamics, DynamicsConfig, Moment, Recipe, TokenClips, WorldModel, action_response, corrupt, dynamics_loss,
                                  log_probs, mse, next_frame, own_prediction)
 from lwm_course.tokenizer import Tokenizer, TokenizerConfig
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def small(**options):
     "A configuration of a few thousand weights, for frames of 64 pixels."
-    return DynamicsConfig(**{**dict(games=GAMES, grid=8, codebook=40, token_width=8, width=64, depth=2, head_depth=1, attention_heads=2),
+    return DynamicsConfig(**{**dict(games=GAMES, grid=8, codebook=40, code=2, group=2, token_width=8, width=64, depth=2, head_depth=1,
+                                    attention_heads=2),
                              **options})
 
 
@@ -35,6 +36,14 @@ def small_world(seed=0, **options):
 @pytest.fixture(scope="module")
 def world():
     return small_world()
+
+
+def film_of(players=2, frames=7, share=0.1, seed=0):
+    "Tokens of a still picture in which now and then a few change."
+    chance = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(40, (players, 1, 8, 8), generator=chance).repeat(1, frames, 1, 1)
+    hit = torch.rand(tokens.shape, generator=chance) < share * (torch.rand(players, frames, 1, 1, generator=chance) < 0.5)
+    return torch.where(hit, torch.randint(40, tokens.shape, generator=chance), tokens)
 
 
 def play_of(players=3, frames=5, seed=0):
@@ -53,64 +62,110 @@ def close(a, b):
 def test_every_weight_learns_and_config_survives_json():
     torch.manual_seed(0)
     net = Dynamics(small())
-    batch = {"tokens": torch.randint(40, (2, 7, 8, 8)), "actions": torch.randint(3, (2, 7)), "game": torch.tensor([0, 1])}
-    loss, parts = dynamics_loss(net, batch, 401)        # a step with the model's own predictions in the context
+    batch = {"tokens": film_of(), "actions": torch.randint(3, (2, 7)), "game": torch.tensor([0, 1]), "weight": torch.ones(2)}
+    loss, parts = dynamics_loss(net, batch, 401, Recipe(masked=0.5))        # a step with the model's own predictions in the context
     loss.backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
-    assert {"gate", "naming", "right", "found"} <= set(parts) and all(math.isfinite(v) for v in parts.values())
+    assert {"gate", "naming", "right", "found", "reached", "active", "changed"} <= set(parts) and all(math.isfinite(v) for v in parts.values())
     again = DynamicsConfig(**json.loads(json.dumps(dynamics.asdict(net.config))))
     assert again == net.config
 
 
-def test_grouping_loses_nothing():
-    net, tokens = Dynamics(small()), torch.randint(40, (2, 3, 8, 8))
-    assert net.pack(tokens).shape == (2, 3, 16, 32)
-    assert torch.equal(net.unpack(net.pack(tokens)), net.embed(tokens))
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_reading_at_once_equals_reading_frame_by_frame(every):
+@pytest.mark.parametrize("every, most", [(1, 32), (2, 32), (1, 5)])
+def test_reading_at_once_equals_reading_frame_by_frame(every, most):
     torch.manual_seed(0)
-    net = Dynamics(small(temporal_every=every)).eval()
+    net = Dynamics(small(temporal_every=every, most=most)).eval()
     for p in net.parameters(): torch.nn.init.normal_(p, std=0.2) if p.ndim > 1 else None
-    tokens, keys, game, state = torch.randint(40, (2, 40, 8, 8)), torch.randint(3, (2, 40)), torch.tensor([1, 0]), None
+    tokens, keys, game, state = film_of(2, 40), torch.randint(3, (2, 40)), torch.tensor([1, 0]), None
     with torch.no_grad():
-        features, last = net.look(tokens, keys, game)
+        features, active, _, last = net.look(tokens, keys, game)
         for t in range(40):
-            one, state = net.look(tokens[:, t:t + 1], keys[:, t:t + 1], game, state)
+            one, _, _, state = net.look(tokens[:, t:t + 1], keys[:, t:t + 1], game, state)
             assert torch.allclose(one[:, 0], features[:, t], atol=1e-4, rtol=1e-4)
-        half, middle = net.look(tokens[:, :17], keys[:, :17], game)
-        rest, _ = net.look(tokens[:, 17:], keys[:, 17:], game, middle)
+        half, _, _, middle = net.look(tokens[:, :17], keys[:, :17], game)
+        rest, _, _, _ = net.look(tokens[:, 17:], keys[:, 17:], game, middle)
+        packed, _, _, none = net.look(tokens, keys, game, remember=False)
     assert torch.allclose(rest, features[:, 17:], atol=1e-4, rtol=1e-4)
-    remembered = [(a, b) for s, m in zip(state, last) for a, b in zip(s, m)]
+    assert torch.allclose(packed, features, atol=1e-5) and none is None
+    assert (features[~active] == 0).all() and active[..., -1].all()
+    remembered = [(a, b) for s, m in zip(state.blocks, last.blocks) if s for a, b in zip(s, m)]
     assert remembered and all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in remembered)
+    assert torch.equal(state.recent, tokens[:, -3:])
+
+
+def test_rows_are_where_something_changed_and_where_it_may():
+    net, tokens = Dynamics(small(least=0.5)).eval(), film_of(2, 12)
+    torch.nn.init.constant_(net.router.leave.bias, -20.0)           # nothing is expected anywhere
+    keys, game = torch.zeros(2, 12, dtype=torch.long), torch.tensor([0, 1])
+    changed = dynamics.grouped(tokens[:, 1:] != tokens[:, :-1], 2).any(-1)
+    with torch.no_grad():
+        assert torch.equal(net.look(tokens, keys, game)[1][:, 1:, :-1], changed)
+        net.router.place[1, 2, 3] = 40.0                            # but at one position, in one game
+        active = net.look(tokens, keys, game)[1][..., :-1]
+    assert active[1, :, 11].all() and torch.equal(active[0, 1:], changed[0])
+    with torch.no_grad(): everywhere = Dynamics(small(least=0.0)).look(tokens, keys, game)[1]
+    assert everywhere.all()
+
+
+def test_at_most_so_many_rows_and_the_liveliest_first():
+    net = Dynamics(small(most=4)).eval()
+    share = torch.zeros(1, 1, 16)
+    share[0, 0, [2, 5, 7, 9, 11, 13]] = torch.tensor([0.25, 1.0, 0.5, 0.75, 0.5, 1.0])
+    active = net.active(torch.zeros(1, 1, 16), share)[0, 0]
+    assert {5, 9, 13} <= set(active.nonzero()[:, 0].tolist()) and active[2] == 0
+
+
+def test_a_row_computes_what_it_would_compute_alone():
+    "Nothing of one clip reaches another, and empty seats count for nothing."
+    torch.manual_seed(0)
+    net, tokens = Dynamics(small()).eval(), torch.cat([film_of(1, 9, 0.02), film_of(1, 9, 0.5, seed=3)])
+    keys, game = torch.randint(3, (2, 9)), torch.tensor([0, 1])
+    with torch.no_grad():
+        both, alone = net.look(tokens, keys, game)[0], net.look(tokens[:1], keys[:1], game[:1])[0]
+    assert torch.allclose(both[:1], alone, atol=1e-5)
+
+
+def test_only_codes_of_the_game_are_named():
+    net = Dynamics(small())
+    net.owned[0, 30:] = False
+    out, gate = torch.randn(2, 8, 8, 8), torch.full((2, 8, 8), -60.0)
+    p = log_probs(net, out, gate, torch.zeros(2, 8, 8, dtype=torch.long), torch.tensor([0, 1])).exp()
+    assert p[0, ..., 30:].max() < 1e-6 and p[1, ..., 30:].max() > 1e-6 and torch.allclose(p.sum(-1), torch.ones(2, 8, 8), atol=1e-5)
+    target = torch.tensor([3, 35])
+    loss, right = dynamics.name_loss(net, out[0, 0, :2], target, torch.tensor([0, 0]), torch.ones(2))
+    known, _ = dynamics.name_loss(net, out[0, 0, :1], target[:1], torch.tensor([0]), torch.ones(1))
+    assert torch.isclose(loss, known)                               # what has no code in the game cannot be named
 
 
 def test_every_key_and_every_game_counts():
     torch.manual_seed(0)
     net, tokens = Dynamics(small()).eval(), torch.randint(40, (1, 1, 8, 8))
     game, mask = torch.tensor([0]), torch.full((1, 1, 8, 8), 40)
-    features, _ = net.look(tokens, torch.zeros(1, 1, dtype=torch.long), game)
-    gates = [net.predict(features, tokens, mask, torch.tensor([[key]]), game)[1] for key in (-1, 0, 1, 2, 3)]
-    gates.append(net.predict(features, tokens, mask, torch.tensor([[0]]), torch.tensor([1]))[1])
+    features, active, _, _ = net.look(tokens, torch.zeros(1, 1, dtype=torch.long), game)
+    gates = [net.predict(features, active, mask, torch.tensor([[key]]), game)[1] for key in (-1, 0, 1, 2, 3)]
+    gates.append(net.predict(features, active, mask, torch.tensor([[0]]), torch.tensor([1]))[1])
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(gates) for b in gates[:i])
 
 
 def test_log_probs_is_the_mixture():
     net, out, gate, tokens = Dynamics(small()), torch.randn(2, 8, 8, 8), torch.randn(2, 8, 8), torch.randint(40, (2, 8, 8))
-    stays = gate.sigmoid()[..., None]
-    expected = stays * torch.nn.functional.one_hot(tokens, 40) + (1 - stays) * net.vocabulary(out).softmax(-1)
-    assert torch.allclose(log_probs(net, out, gate, tokens).exp(), expected, atol=1e-6)
-    assert torch.isfinite(log_probs(net, out, gate + 80, tokens)).all()
+    game, stays = torch.tensor([0, 1]), gate.sigmoid()[..., None]
+    [(_, _, fit)] = net.names(out.flatten(0, -2), torch.zeros(128, dtype=torch.long))
+    expected = stays * torch.nn.functional.one_hot(tokens, 40) + (1 - stays) * fit.softmax(-1).view(2, 8, 8, 40)
+    assert torch.allclose(log_probs(net, out, gate, tokens, game).exp(), expected, atol=1e-6)
+    assert torch.isfinite(log_probs(net, out, gate + 80, tokens, game)).all()
 
 
 def test_corruption_keeps_to_its_level_and_to_the_tokens_of_the_batch():
     torch.manual_seed(0)
-    tokens = torch.arange(8)[:, None, None, None] * 5 + torch.zeros(8, 6, 8, 8, dtype=torch.long)
+    tokens = film_of(8, 6, 0.3)
     before = tokens.clone()
-    seen = corrupt(tokens, 0.4)
+    seen = corrupt(tokens, 0.8)
     assert torch.equal(tokens, before) and torch.equal(corrupt(tokens, 0.0), tokens) and torch.isin(seen, tokens).all()
-    assert 0 < (seen != tokens).float().mean() < 0.25    # at most half of the replaced ones come from elsewhere, all at a level below 0.4
+    moved = torch.nn.functional.pad((tokens[:, 1:] != tokens[:, :-1]).float(), (1, 1, 1, 1, 1, 0))
+    near = torch.nn.functional.max_pool2d(moved, 3, 1) > 0
+    hit = seen != tokens
+    assert hit.any() and not hit[~near].any() and hit[near].float().mean() < 0.6     # only where something moves, at a mean level of 0.4
 
 
 def test_own_prediction_is_what_play_would_show(world):
@@ -205,10 +260,9 @@ def test_what_stays_keeps_its_pixels(world):
 def test_state_does_not_grow(world):
     frames, keys = play_of(1)
     state = world.start(frames, keys, PONG)
-    size = lambda s: sum(t.numel() for block in s.blocks for t in block)
-    before = size(state)
+    before = state.nbytes
     for _ in range(5): _, state = world.step(state, [0])
-    assert size(state) == before
+    assert state.nbytes == before
 
 
 def test_draw_follows_the_odds():
@@ -242,7 +296,8 @@ def test_messages_say_what_is_wrong(world):
     refused(lambda: world.step(state, [0, 0, 0], refine=0), "refine")
     refused(lambda: world.clip(PONG), "no start clips")
     refused(lambda: small(grid=9), "multiple")
-    refused(lambda: WorldModel(world.tokenizer, Dynamics(small(codebook=41))), "not trained together")
+    for other in (dict(codebook=41), dict(code=3), dict(grid=16)):
+        refused(lambda: WorldModel(world.tokenizer, Dynamics(small(**other))), "not trained together")
 
 
 # Files
@@ -274,8 +329,8 @@ def test_token_clips_are_the_same_for_the_same_step(tmp_path):
         with open(path, "wb") as file: np.savez(file, tokens=tokens, actions=np.arange(30))
     clips = TokenClips(tmp_path, [PONG], lengths=(4, 8), batch=2, split=split)
     one, two = clips(1), clips(1)
-    assert one["tokens"].shape == (2, 9, 8, 8) and clips(2)["tokens"].shape[1] == 5
-    assert all(torch.equal(one[k], two[k]) for k in one) and not torch.equal(one["tokens"], clips(3)["tokens"])
+    assert one["tokens"].shape == (1, 9, 8, 8) and clips(2)["tokens"].shape == (2, 5, 8, 8)     # as many frames in every step
+    assert all(torch.equal(one[k], two[k]) for k in one) and any(not torch.equal(one["tokens"], clips(step)["tokens"]) for step in (3, 5, 7))
     assert torch.equal(one["tokens"][:, :, 0, 0], one["actions"])          # the key that led to a frame stands beside it
     refused(lambda: TokenClips(tmp_path, [PONG], lengths=(40,), split=split), PONG, "40")
     refused(lambda: TokenClips(tmp_path, [FREEWAY], split=split), FREEWAY)
@@ -324,7 +379,7 @@ def test_next_frame_puts_copying_and_the_ceiling_beside_the_model(world):
 def test_recipe_switches_change_the_loss():
     torch.manual_seed(0)
     net = Dynamics(small())
-    batch = {"tokens": torch.randint(40, (2, 5, 8, 8)), "actions": torch.randint(3, (2, 5)), "game": torch.tensor([0, 1])}
+    batch = {"tokens": film_of(2, 5), "actions": torch.randint(3, (2, 5)), "game": torch.tensor([0, 1]), "weight": torch.ones(2)}
     def loss(recipe, keys):
         torch.manual_seed(1)
         return dynamics_loss(net, {**batch, "actions": keys}, 0, recipe)[0]
@@ -365,7 +420,7 @@ def test_commands_name_the_damaged_model(world, tmp_path, capsys):
 
 
 def test_every_command_has_its_options():
-    for command in (dynamics.train_command, evaluation.bench_command):
+    for command in (recipe.train_command, evaluation.bench_command):
         parser = argparse.ArgumentParser()
         command(parser)
         assert callable(parser.get_default("run")) and "--json" in parser.format_help()
@@ -382,14 +437,14 @@ def test_bench_of_a_size_needs_no_model(tmp_path):
 def test_train_from_nothing_then_on_from_there(tmp_path, capsys):
     common = ["--games", FREEWAY, "--play", str(tmp_path / "play"), "--episodes", "14", "--minutes", "0.02",
               "--dynamics-minutes", "0.1"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert course.main(["train", *common, "--out", str(one)]) == 0
+    one, two, shape = tmp_path / "one", tmp_path / "two", ["--quantizer", "fsq", "--frame-size", "64"]
+    assert course.main(["train", *common, *shape, "--out", str(one)]) == 0
     assert course.main(["train", *common, "--out", str(two), "--start", str(one / "model"), "--json", str(tmp_path / "train.json")]) == 0
     before, after = (WorldModel.from_pretrained(folder / "model", "cpu", "float32") for folder in (one, two))
     assert all(torch.equal(a, b) for a, b in zip(before.tokenizer.parameters(), after.tokenizer.parameters()))
-    embedded = before.dynamics.embed.weight
-    moved = (after.dynamics.embed.weight - embedded).norm() / embedded.norm()
-    assert 0 < moved < 0.1, "the second run did not learn, or began elsewhere: two random tables are 1.4 apart"
+    entered = before.dynamics.enter.weight
+    moved = (after.dynamics.enter.weight - entered).norm() / entered.norm()
+    assert 0 < moved < 0.2, "the second run did not learn, or began elsewhere: two random matrices are 1.4 apart"
     card = (two / "model" / "README.md").read_text()
     assert "dynamics, run 2" in card and json.loads((two / "model" / "ledger.json").read_text())["start"]["steps"] >= 1
     names = {figure["name"] for figure in json.loads((tmp_path / "train.json").read_text())["figures"]}
@@ -464,7 +519,8 @@ def test_train_a_tokenizer_alone_then_measure_it(quantizer, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("arguments, words", [(["--quantizer", "none"], ["none", "--tokenizer-only"]),
                                               (["--start", "nano", "--codes", "12"], ["--start", "nano", "--codes"]),
-                                              (["--start", "nano", "--frame-size", "64"], ["--start", "nano", "--frame-size"])])
+                                              (["--start", "nano", "--frame-size", "64"], ["--start", "nano", "--frame-size"]),
+                                              (["--start", "nano", "--tokenizer-minutes", "1"], ["nano", "dictionary"])])
 def test_train_refuses_what_does_not_go_together(arguments, words, tmp_path, capsys):
     assert course.main(["train", "--out", str(tmp_path), *arguments]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]

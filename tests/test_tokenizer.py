@@ -293,6 +293,29 @@ def test_a_plain_autoencoder_draws_and_says_that_it_has_no_tokens():
         with pytest.raises(ValueError, match="no tokens: use reconstruct"): way()
 
 
+@pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name not in ("none", "open")])
+def test_table_of_codes_is_what_the_decoder_gets(quantizer):
+    model = small(quantizer)
+    table, tokens = model.code_table(), model.encode(frames())
+    assert table.shape == (model.codebook_size, model.quantizer.dim) and table.dtype == torch.float32 and not table.requires_grad
+    with torch.no_grad(): assert torch.equal(to_uint8(model.decoder(table[tokens])), model.decode(tokens))
+
+
+@both_patches
+def test_rows_of_a_dictionarys_table_are_its_patches(patch):
+    batch = mosaic(patch, 16)
+    model = place_dictionary(small("dictionary", frame_size=64, patch=patch, codes=16), np.stack([batch[::-1], batch], 1))
+    painted = to_uint8(model.code_table().unflatten(1, (3, patch, patch))).numpy()         # (codes, patch, patch, 3)
+    tiles = batch.reshape(2, 64 // patch, patch, 64 // patch, patch, 3).swapaxes(2, 3)
+    assert np.array_equal(painted[model.encode(batch)], tiles)
+
+
+def test_table_without_codes_or_with_too_many_is_refused():
+    for model, size in ((small("none"), "0"), (small("open", codes=2, masks=2), "4,294,967,298"), (small(levels=(512, 513)), "262,656")):
+        with pytest.raises(ValueError, match=f"a table lists 1 to 262,144 tokens, not {size}:"): model.code_table()
+    assert len(small(levels=(512, 512)).code_table()) == 2 ** 18
+
+
 @every
 def test_reconstruct_names_what_is_wrong(quantizer):
     with pytest.raises(ValueError, match="uint8 in 0..255"): small(quantizer).reconstruct(frames() / 255)

@@ -20,14 +20,18 @@ from torch import nn
 from lwm_course import training
 from lwm_course.course import Budget, MissingExtra
 from lwm_course.training import (EMA, Diverged, Run, Summary, TrainConfig, advance, batches, find_pretrained, fit, interval,
-                                 load_checkpoint, load_model, plot_history, psnr, push_folder, restore, save, save_model, schedule,
-                                 shard, ssim, to_device)
+                                 load_checkpoint, load_model, make_optimizer, orthogonal, plot_history, psnr, push_folder, restore,
+                                 save, save_model, schedule, shard, ssim, to_device)
 
 # One small net with everything that could break exactness: dropout, a buffer that moves, noise in the loss.
 
+class Net(nn.Sequential):
+    def hidden_matrices(self): return [self[4].weight]
+
+
 def net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 8))
+    return Net(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 8))
 
 
 def batch_at(step):
@@ -74,12 +78,12 @@ def run_script(folder, body, *arguments, wait=True):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def undisturbed():
-    "Weights and history of a run that nobody interrupts."
+@pytest.fixture(scope="module", params=[False, True], ids=["adamw", "muon"])
+def undisturbed(request):
+    "Weights and history of a run that nobody interrupts, and its optimizer."
     model = net()
-    run = fit(model, batch_at, loss, config(), valid=valid, quiet=True)
-    return weights(model), without_time(run.history)
+    run = fit(model, batch_at, loss, config(muon=request.param), valid=valid, quiet=True)
+    return weights(model), without_time(run.history), {"muon": request.param}
 
 
 # Exact resume
@@ -91,11 +95,12 @@ def test_interrupted_equals_uninterrupted(undisturbed, tmp_path, stop, prefetch)
         if step == stop: raise KeyboardInterrupt
         return loss(model, batch, step)
 
-    with pytest.raises(KeyboardInterrupt): fit(net(), batch_at, stopping, config(prefetch=prefetch), tmp_path, valid, quiet=True)
+    settings = config(prefetch=prefetch, **undisturbed[2])
+    with pytest.raises(KeyboardInterrupt): fit(net(), batch_at, stopping, settings, tmp_path, valid, quiet=True)
     assert load_checkpoint(tmp_path)[1]["step"] == stop
     assert json.loads((tmp_path / "ledger.json").read_text())["status"] == "interrupted"
     model = net(seed=99)  # where it starts does not matter: the checkpoint decides
-    run = fit(model, batch_at, loss, config(), tmp_path, valid, quiet=True)
+    run = fit(model, batch_at, loss, config(**undisturbed[2]), tmp_path, valid, quiet=True)
     assert same(weights(model), undisturbed[0])
     assert without_time(run.history) == undisturbed[1]
 
@@ -249,6 +254,17 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another model"):
         fit(nn.Linear(8, 8), batch_at, loss, config(), tmp_path, data_hash="abc", quiet=True)
     assert fit(net(), batch_at, loss, config(lr=0.5), tmp_path, data_hash="xyz", resume=False, quiet=True).step == 40
+
+
+def test_a_checkpoint_older_than_a_setting_goes_on(tmp_path):
+    fit(net(), batch_at, loss, config(steps=2), tmp_path, quiet=True)
+    file = tmp_path / "checkpoint" / "state.json"
+    state = json.loads(file.read_text())
+    del state["config"]["muon"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="muon was False and is now True"):
+        fit(net(), batch_at, loss, config(muon=True), tmp_path, quiet=True)
+    assert fit(net(), batch_at, loss, config(), tmp_path, quiet=True).step == 40
 
 
 def test_save_model(tmp_path):
@@ -416,6 +432,97 @@ def test_averaging():
     model[1].running_mean = torch.full((16,), 5.0)  # a module may replace its buffers
     ema.update(10**6)
     assert ema.mean["1.running_mean"].max() > 0.4
+
+
+# Muon
+
+class Matrices(nn.Module):
+    "Matrices of three shapes, two of one shape; a table and a vector."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"tall": (24, 8), "wide": (8, 24), "square": (12, 12), "twin": (24, 8), "table": (5, 8), "gain": (8,)}
+        for name, shape in shapes.items(): setattr(self, name, nn.Parameter(torch.randn(shape)))
+
+    def hidden_matrices(self): return [self.tall, self.wide, self.square, self.twin]
+
+
+def after_steps(optimizer_of, without=(), steps=5):
+    "The matrices after steps with random gradients, and a falling rate; some get no gradient."
+    model, rng = Matrices(), torch.Generator().manual_seed(1)
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        for group in optimizer.param_groups: group["lr"] = 0.1 / (1 + step)
+        for name, p in model.named_parameters():
+            gradient = torch.randn(p.shape, generator=rng)
+            p.grad = None if name in without else gradient
+        optimizer.step()
+    return weights(model)
+
+
+def ours(muon=True): return lambda model: make_optimizer(model, config(weight_decay=0.5, muon=muon))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim has Muon since 2.9")
+@pytest.mark.parametrize("wrong", [None, {"weight_decay": 0.4}, {"momentum": 0.9}, {"nesterov": False}, {"adjust_lr_fn": "original"}])
+def test_muon_is_that_of_pytorch(monkeypatch, wrong):
+    # PyTorch's works in bfloat16 there, and the notebook allows for it: here both use one way to make matrices orthogonal.
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda g, *_: orthogonal(g[None])[0])
+    settings = {"weight_decay": 0.5, "adjust_lr_fn": "match_rms_adamw", **(wrong or {})}
+    theirs = after_steps(lambda model: torch.optim.Muon(model.hidden_matrices(), lr=0.1, **settings))
+    found = after_steps(ours())
+    off = max((found[name] - theirs[name]).norm() / theirs[name].norm() for name in ("tall", "square", "twin", "wide"))
+    assert off < 1e-5 if wrong is None else off > 1e-3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim has Muon since 2.9")
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (32, 32), (1, 7), (7, 1)])
+def test_orthogonal_is_that_of_pytorch(shape):
+    from torch.optim._muon import _zeropower_via_newtonschulz
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    theirs = _zeropower_via_newtonschulz(g, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+    assert (orthogonal(g[None])[0] - theirs).norm() < 15 * 2**-8 * theirs.norm()     # 15 products, each rounded to 8 bits
+
+
+def test_muon_leaves_the_rest_to_adamw():
+    plain, turned = after_steps(ours(muon=False)), after_steps(ours())
+    assert all(torch.equal(plain[name], turned[name]) for name in ("table", "gain"))
+    assert not any(torch.equal(plain[name], turned[name]) for name in ("tall", "wide", "square", "twin"))
+
+
+def test_what_has_no_gradient_does_not_move():
+    every, some = after_steps(ours()), after_steps(ours(), without=("tall", "gain"))
+    assert torch.equal(some["tall"], weights(Matrices())["tall"]) and torch.equal(some["gain"], weights(Matrices())["gain"])
+    assert all(torch.allclose(every[name], some[name], atol=1e-5) for name in ("twin", "wide", "square", "table"))
+    assert same(after_steps(ours(), without=weights(Matrices())), weights(Matrices()))
+
+
+def test_zero_gradients_only_decay():
+    model = Matrices()
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    make_optimizer(model, config(lr=0.1, weight_decay=0.5, muon=True)).step()
+    for name, value in weights(Matrices()).items():
+        assert torch.allclose(getattr(model, name), value * (1 if name == "gain" else 1 - 0.1 * 0.5)), name
+
+
+def test_muon_of_matrices_alone_and_of_frozen_ones():
+    model = nn.Linear(4, 4, bias=False)
+    model.hidden_matrices = lambda: [model.weight]
+    model.weight.grad = torch.randn(4, 4)
+    optimizer = make_optimizer(model, config(muon=True))
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1 and model.weight.isfinite().all()
+    model = Matrices()
+    model.tall.requires_grad_(False)
+    assert not any(p is model.tall for group in make_optimizer(model, config(muon=True)).param_groups for p in group["params"])
+
+
+def test_muon_asks_for_matrices():
+    with pytest.raises(ValueError, match=r"give Linear a method hidden_matrices\(\).*muon=False"):
+        fit(nn.Linear(8, 8), batch_at, loss, config(muon=True), quiet=True)
+    model = nn.Conv2d(3, 4, 3)
+    model.hidden_matrices = lambda: [model.weight]
+    with pytest.raises(ValueError, match=r"of Conv2d lists shapes \[\(4, 3, 3, 3\)\]"): make_optimizer(model, config(muon=True))
 
 
 # Batches and processes
