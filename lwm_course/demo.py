@@ -21,7 +21,7 @@ BEGAN = time.perf_counter() # before the slow imports: `lwm demo` counts its sta
 
 # %% ../nbs/17_demo.ipynb #51fb4937
 import asyncio, base64, dataclasses, hashlib, html, io, json, logging, math, os, secrets, shutil, socket, struct, subprocess, sys
-import tempfile, threading, zlib
+import threading, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from PIL import Image, UnidentifiedImageError
 from .course import Figure, MissingExtra, nearest, require, save_results
 from .data import Environment, resize
 from .dynamics import WorldModel
+from .evaluation import h264
 
 # %% ../nbs/17_demo.ipynb #3c045d5e
 BUTTONS = ("UP", "DOWN", "RIGHT", "LEFT", "FIRE") # the order in which Atari spells a combination
@@ -230,17 +231,8 @@ def mp4(frames, # uint8 (T,H,W,3)
         fps,    # frames per second
        ) -> bytes:
     "An H.264 film; extra `video`."
-    ffmpeg = require("imageio_ffmpeg", extra="video")
     frames = enlarge(frames)
-    frames = frames[:, :frames.shape[1]//2*2, :frames.shape[2]//2*2]   # H.264 wants even sides
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/"film.mp4"
-        size = frames.shape[2], frames.shape[1]
-        writer = ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2, ffmpeg_log_level="error")
-        writer.send(None)
-        for f in frames: writer.send(np.ascontiguousarray(f))
-        writer.close()
-        return path.read_bytes()
+    return h264(frames[:, :frames.shape[1]//2*2, :frames.shape[2]//2*2], fps)   # H.264 wants even sides
 
 # %% ../nbs/17_demo.ipynb #aae46252
 class Film:

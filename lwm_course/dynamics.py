@@ -10,10 +10,8 @@ __all__ = ['NANO_GAMES', 'DYNAMICS_SIZES', 'SURE', 'DynamicsConfig', 'grouped', 
            'held_keys', 'right_answers', 'action_response', 'evaluate', 'print_figures']
 
 # %% ../nbs/07_dynamics.ipynb #b45fd891
-import json
 import math
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from tqdm.auto import tqdm
 
 from . import course, data, training
 from .ssm import Mamba2, scan_chunked, scan_sequential
-from .tokenizer import PLACED, QUANTIZERS, TOKENIZER_SIZES, Tokenizer, TokenizerConfig, data_hash, train_tokenizer
+from .tokenizer import TOKENIZER_SIZES, Tokenizer
 from .training import find_pretrained, push_folder
 
 # %% ../nbs/07_dynamics.ipynb #408ecf8e
@@ -94,8 +92,8 @@ class Rows:
         self.frames, self.most = B * T, int(count.max())
         rank = torch.arange(len(self.frame), device=active.device) - (count.cumsum(0) - count)[self.frame]
         self.slot = self.frame * self.most + rank                                    # a row's seat in its frame
-        self.local, self.whole = ((self.place == self.places - 1) == last for last in (False, True))
-        self.local, self.whole = self.local.nonzero()[:, 0], self.whole.nonzero()[:, 0]   # rows of positions, and of whole frames
+        last = self.place == self.places - 1
+        self.local, self.whole = (~last).nonzero()[:, 0], last.nonzero()[:, 0]       # rows of positions, and of whole frames
 
     def by_frame(self, x: Tensor) -> Tensor:   # (N, ...) -> (B * T, most, ...), zeros on empty seats
         "Rows beside those of the same frame."
@@ -106,14 +104,12 @@ class Rows:
         "The inverse of `by_frame`."
         return x.flatten(0, 1)[self.slot]
 
-    def histories(self, pack: bool) -> "Histories":
-        "The rows beside those of the same place at other times; packed: only of places where something ever happens."
-        return Histories(self, pack)
-
 # %% ../nbs/07_dynamics.ipynb #events02
 class Histories:
-    "Rows in the order of time, each place of each clip a sequence."
-    def __init__(self, rows: Rows, pack: bool):
+    "Rows beside those of the same place at other times: each place of each clip is a sequence."
+    def __init__(self, rows: Rows,
+                 pack: bool   # only places where something ever happens
+                 ):
         sequence, self.steps = rows.frame // rows.steps * rows.places + rows.place, rows.steps
         self.count = rows.clips * rows.places
         if pack:
@@ -228,7 +224,6 @@ class Router(nn.Module):
 # %% ../nbs/07_dynamics.ipynb #5a3b2dc2
 class _Codes(nn.Module):
     "What the network knows of tokens: each is a code that means something."
-    _tables = None
     def __init__(self, config: DynamicsConfig,
                  codes: Tensor | None = None   # (codebook, V), of `Tokenizer.code_table`; None: noise
                  ):
@@ -239,36 +234,44 @@ class _Codes(nn.Module):
         self.register_buffer("owned", torch.ones(len(config.games), config.codebook, dtype=torch.bool))   # which codes a game has
         self.read_code, self.masked = nn.Linear(config.code, E), nn.Parameter(torch.randn(1, E) * 0.5)
         self.name_code = nn.Sequential(nn.Linear(config.code, 4 * E), nn.SiLU(), nn.Linear(4 * E, E + 1))
+        self._kept = {}     # tables: training changes them at every step, in play they are made once
 
     @property
     def mask(self) -> int: return self.config.codebook
 
     def train(self, mode: bool = True) -> "_Codes":
-        "Training changes the tables of codes; in play they are made once."
-        self._tables = None
+        "Forget the tables: the weights may change."
+        self._kept = {}
         return super().train(mode)
 
-    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        "Embeddings of the codes and, last, of [MASK] (codebook + 1, E); what a code's name looks like (codebook, E), and its bias."
-        play = torch.is_inference_mode_enabled()
-        if play and self._tables is not None: return self._tables
-        codes = self.codes.to(self.masked.dtype)
-        name = self.name_code(codes)
-        made = torch.cat([self.read_code(codes) / 2, self.masked]), name[:, :-1], name[:, -1]
-        if play: self._tables = made
-        return made
+    def table(self, key: str | int, make: Callable):
+        "Made now in training, kept in play."
+        if not torch.is_inference_mode_enabled(): return make()
+        if key not in self._kept: self._kept[key] = make()
+        return self._kept[key]
 
 # %% ../nbs/07_dynamics.ipynb #named001
 class _Named(_Codes):
-    "How a token is named."
+    "How a token is read, and how it is named."
+    def reading(self) -> Tensor:      # (codebook + 1, E)
+        "Embeddings of the codes and, last, of [MASK]."
+        return self.table("read", lambda: torch.cat([self.read_code(self.codes.to(self.masked.dtype)) / 2, self.masked]))
+
+    def naming(self, game: int) -> tuple[Tensor, Tensor, Tensor]:   # a game's codes (K,), their names (K, E) and biases (K,)
+        "What the codes of a game are compared by."
+        def make():
+            codes = self.owned[game].nonzero()[:, 0]
+            name = self.name_code(self.codes[codes].to(self.masked.dtype))
+            return codes, name[:, :-1], name[:, -1]
+        return self.table(game, make)
+
     def names(self, out: Tensor,    # (N, E) of tokens that change
               game: Tensor          # (N,)
               ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:   # rows (n,) of one game, its codes (K,), how well each fits (n, K)
         "Compare each with all codes of its game, game by game."
-        _, name, bias = self.tables()
         for g in game.unique().tolist():
-            rows, codes = (game == g).nonzero()[:, 0], self.owned[g].nonzero()[:, 0]
-            yield rows, codes, F.linear(out[rows], name[codes], bias[codes]).float()
+            rows, (codes, name, bias) = (game == g).nonzero()[:, 0], self.naming(g)
+            yield rows, codes, F.linear(out[rows], name, bias).float()
 
 # %% ../nbs/07_dynamics.ipynb #882a68ce
 class _Inputs(_Named):
@@ -291,20 +294,19 @@ class _Inputs(_Named):
 
     def named_action(self, actions: Tensor, game: Tensor) -> Tensor:   # (B, T), -1: any action; (B,) -> (B, T)
         "The number of a game's action among those of all games."
-        row = self.actions[game[:, None], actions.clamp_min(0)]
-        return torch.where(actions < 0, self.act.num_embeddings - 1, row)
+        return torch.where(actions < 0, self.act.num_embeddings - 1, self.actions[game[:, None], actions.clamp_min(0)])
 
     def condition(self, actions: Tensor, game: Tensor) -> Tensor:   # as above -> (B, T, D)
         "What the player does, and in which game."
         return self.act(self.named_action(actions, game)) + self.game(game)[:, None]
 
     def seen(self, tokens: Tensor,    # (B, T, h, w)
-             rows: Rows
+             reading: Tensor, rows: Rows  # table of embeddings
              ) -> Tensor:             # (rows.local, side² * E)
         "The tokens of each position and around it, as the embeddings of their codes."
         tokens = F.pad(tokens.flatten(0, 1), (self.config.reach,) * 4, value=self.mask).flatten(1)
         frame, window = rows.frame[rows.local], self.windows[rows.place[rows.local]]
-        return F.embedding(tokens[frame[:, None], window], self.tables()[0]).flatten(1)
+        return F.embedding(tokens[frame[:, None], window], reading).flatten(1)
 
 # %% ../nbs/07_dynamics.ipynb #look0001
 SURE = 20.0     # copy logit where nothing happens
@@ -363,18 +365,18 @@ class _Trunk(_Routes):
         B, T = tokens.shape[:2]
         memory = memory or Memory([None] * len(self.trunk), tokens[:, :1].expand(-1, 3, -1, -1))
         film, act = torch.cat([memory.recent, tokens], 1), self.named_action(came_by, game).flatten()
-        means = F.avg_pool2d(F.embedding(tokens.flatten(0, 1), self.tables()[0]).permute(0, 3, 1, 2), self.config.group)
-        changed = self.changes(film)
+        changed, reading = self.changes(film), self.reading()
+        means = F.avg_pool2d(F.embedding(tokens.flatten(0, 1), reading).permute(0, 3, 1, 2), self.config.group)
         route = self.router(means, changed.flatten(0, 1), game.repeat_interleave(T), act).unflatten(0, (B, T))
         active = self.active(route.detach(), changed[:, :, 0].flatten(2))
         rows, whole = Rows(active), self.overview(F.adaptive_avg_pool2d(means, 4).flatten(1))
-        near = self.enter(self.seen(tokens, rows)) + self.enter_before(self.seen(film[:, 2:-1], rows))
+        near = self.enter(self.seen(tokens, reading, rows)) + self.enter_before(self.seen(film[:, 2:-1], reading, rows))
         x = self.place[rows.place].index_add(0, rows.local, near).index_add(0, rows.whole, whole)
-        condition, histories, states = self.condition(came_by, game).flatten(0, 1), rows.histories(pack=not remember), []
+        condition, histories, states = self.condition(came_by, game).flatten(0, 1), Histories(rows, pack=not remember), []
         for block, bias, state in zip(self.trunk, self.trunk_offsets(rows), memory.blocks):
             x, state = block(x, condition, bias, rows, histories, state)
             states.append(state)
-        features = x.new_zeros(active.numel(), x.shape[1]).index_copy(0, active.flatten().nonzero()[:, 0], x)
+        features = x.new_zeros(active.numel(), x.shape[1]).index_copy(0, rows.frame * rows.places + rows.place, x)
         return features.view(*active.shape, -1), active, route, Memory(states, film[:, -3:]) if remember else None
 
 # %% ../nbs/07_dynamics.ipynb #3ff10b92
@@ -399,7 +401,7 @@ class Dynamics(_Trunk):
         rows, E, condition = Rows(active), self.config.token_width, self.condition(actions, game).flatten(0, 1)
         cells = self.cells[rows.place[rows.local]]                                              # (N, group²)
         where = rows.frame[rows.local][:, None], cells
-        known_here = F.embedding(known.flatten(0, 1).flatten(1)[where], self.tables()[0]).flatten(1)
+        known_here = F.embedding(known.flatten(0, 1).flatten(1)[where], self.reading()).flatten(1)
         x = self.again(features[active]).index_add(0, rows.local, self.enter_next(known_here))
         for block, bias in zip(self.head, self.head_offsets(rows)): x, _ = block(x, condition, bias, rows)
         own = self.leave(x[rows.local]).unflatten(-1, (-1, E))
@@ -540,7 +542,7 @@ def tokenize(tokenizer: Tokenizer,
              out: str | Path,        # one .npz for each episode; those that are there are kept
              games: list[str] | None = None
              ) -> Path:
-    "Encode every frame of every episode once: 49 kB of pixels become 512 bytes."
+    "Encode every frame of every episode once: two bytes per token."
     out = Path(out)
     for path in tqdm(data.episodes(folder, games), desc="tokens", unit="episode"):
         target = out / path.parent.name / path.name

@@ -8,19 +8,20 @@ __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'ENCODER_CARD', 'SECOND', 'HORIZONS', '
            'decibel', 'share', 'targets_of', 'recall', 'recall_figures', 'redrawn', 'examine_clip', 'tokenizer_figures',
            'frechet', 'GameEncoder', 'encoder_batches', 'encoder_loss', 'train_encoder', 'game_encoder',
            'training_crowds', 'fd_figures', 'inception', 'fid', 'seconds', 'clip_crowds', 'clip_figures', 'i3d', 'fvd',
-           'grouped', 'answers', 'response_figures', 'Simulator', 'Deaf', 'Copier', 'roll', 'errors', 'motion',
+           'twins', 'answers', 'response_figures', 'Simulator', 'Deaf', 'Copier', 'roll', 'errors', 'motion',
            'ball_counter', 'ball_figures', 'crowd_figure', 'spells', 'where_drawn', 'Reader', 'readers_of',
            'fact_figures', 'object_figures', 'play_figures', 'recordings', 'entropies', 'lately', 'outside',
            'still_for', 'collapse', 'long_play', 'lasting', 'long_figures', 'Effort', 'measure', 'figure_table',
-           'beside', 'strip', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'eval_world', 'run_eval',
-           'peak_memory_gb', 'memory_gb', 'opening', 'latencies', 'bench_command', 'soak_figures', 'speed_figures',
-           'bench_tokenizer', 'run_bench']
+           'beside', 'strip', 'h264', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'eval_world',
+           'run_eval', 'peak_memory_gb', 'memory_gb', 'opening', 'latencies', 'bench_command', 'soak_figures',
+           'speed_figures', 'bench_tokenizer', 'run_bench']
 
 # %% ../nbs/08_evaluation.ipynb #62856aac
 import functools
 import hashlib
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -336,18 +337,19 @@ def tokenizer_figures(tokenizer: Tokenizer,
             figures += [replace(f, name=new + f.name) for f in fd]
         if not (size := tokenizer.codebook_size): continue
         add("token_flicker", np.nanmean, "flicker", ceiling=0.0)
-        spells = tokenizer.config.quantizer == "open"
-        known = tokenizer.quantizer.codes if spells else size
+        open_ = tokenizer.config.quantizer == "open"
+        known = tokenizer.quantizer.codes if open_ else size
         add("perplexity", lambda tokens: perplexity(tokens.astype(np.int64), size), "tokens", ceiling=float(known))
-        if spells: add("tokens_spelled", lambda tokens: np.mean(tokens >= known), "tokens", ceiling=0.0,
+        if open_: add("tokens_spelled", lambda tokens: np.mean(tokens >= known), "tokens", ceiling=0.0,
                        source="by two colours and a mask, a longer token than those of the dictionary")
     return figures
 
 # %% ../nbs/08_evaluation.ipynb #8d022721
-def frechet(a: np.ndarray,   # features (N, D), N well above D
-            b: np.ndarray    # (M, D)
+def frechet(a: np.ndarray,   # features (..., D), many more than D of them
+            b: np.ndarray    # (..., D)
             ) -> float:      # 0 for the same mean and covariance
     "Fréchet distance, squared, between the Gaussians of two crowds (Heusel et al. 2017, equation 6)."
+    a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
     if min(len(a), len(b)) < 2: raise ValueError(f"a crowd needs two pictures or more, got {len(a)} and {len(b)}")
     A, B = np.cov(a.T), np.cov(b.T)
     size, turn = np.linalg.eigh(A)
@@ -543,7 +545,7 @@ def clip_figures(shown: np.ndarray,  # features of a model's films, (B, N, D)
     "`fvd_game`: how far a model's seconds are, as a crowd, from those of real training play; ceiling: real held-out play."
     middle, spread = known[game].mean(0), known[game].std(0).clip(1e-3)
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(len(middle), 24)))[0]
-    small = lambda clips: ((clips - middle) / spread @ turn).reshape(-1, 24)
+    small = lambda clips: (clips - middle) / spread @ turn
     apart = lambda clips: frechet(small(known[game]), small(clips))
     others = [known[other] for other in known if other != game]
     said = f"lower is better; the same frames shuffled: {apart(seconds(true, order=[0, 5, 2, 7, 4, 1, 6, 3])):.3g}"
@@ -570,16 +572,15 @@ def fvd(shown: np.ndarray,   # a model's films, uint8 (B, N, H, W, 3), N >= 16
         pieces = torch.from_numpy(film[:len(film) // 16 * 16]).unflatten(0, (-1, 16)).permute(0, 4, 1, 2, 3).float()
         return torch.cat([network(p[None], rescale=True, resize=True, return_features=True) for p in pieces]).double().numpy()
     own, real = (np.stack([describe(film) for film in films]) for films in (shown, true))
-    flat = lambda clips: clips.reshape(-1, clips.shape[-1])
-    return figure("fvd", lambda a, b: frechet(flat(a), flat(b)), own, real, centred=True, ceiling=0.0, **more,
+    return figure("fvd", frechet, own, real, centred=True, ceiling=0.0, **more,
                   source=f"{own.shape[0] * own.shape[1]} pieces of 16 frames; lower is better")
 
 # %% ../nbs/08_evaluation.ipynb #6d124f0f
 HORIZONS = 1, 4, 8      # frames for which a key is held
 
 
-def grouped(outcomes: np.ndarray   # uint8 (actions, H, W, 3)
-            ) -> np.ndarray:       # (actions,) the first action that leads to the same frame
+def twins(outcomes: np.ndarray   # uint8 (actions, H, W, 3)
+          ) -> np.ndarray:       # (actions,) the first action that leads to the same frame
     "Actions that nobody could tell apart."
     seen = [frame.tobytes() for frame in outcomes]
     return np.array([seen.index(frame) for frame in seen])
@@ -589,7 +590,7 @@ def answers(shown: np.ndarray,  # the model's frame after each key, uint8 (actio
             true: np.ndarray    # the real ones
             ) -> dict | None:   # balanced, plain, chance, most; None where no key makes a difference
     "How well one moment was answered."
-    group = grouped(true)
+    group = twins(true)
     groups, count = np.unique(group, return_counts=True)
     if len(groups) < 2: return None
     right = right_answers(shown, true, group)
@@ -731,11 +732,10 @@ def crowd_figure(name: str,
                  **more              # of `figure`
                  ) -> course.Figure:
     "How far the model's frames are, as a crowd, from those of the exact continuation."
-    apart = lambda a, b: frechet(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
     half, said = len(true) // 2, "against the real game at the same time; lower is better"
-    if half: said += f"; real players among themselves: {apart(true[:half], true[half:]):.3g}"
-    copies = apart(copy[:, None].repeat(true.shape[1], 1), true)
-    return figure(name, apart, shown, true, centred=True, baseline=copies, ceiling=0.0, source=said, **more)
+    if half: said += f"; real players among themselves: {frechet(true[:half], true[half:]):.3g}"
+    copies = frechet(copy[:, None].repeat(true.shape[1], 1), true)
+    return figure(name, frechet, shown, true, centred=True, baseline=copies, ceiling=0.0, source=said, **more)
 
 # %% ../nbs/08_evaluation.ipynb #c3a1f0d2
 def spells(values: np.ndarray,  # one per frame, (T,)
@@ -1032,7 +1032,7 @@ def long_figures(wm: WorldModel,        # or anything with its `start` and `step
                 ceiling=float(middle(true)), source=said + word)
     add("noop_psnr", decibel, rows["error"][K:, -15:], unit="dB", baseline=decibel(rows["copy"][K:, -15:]),
         source=f"after {frames} frames without a key")
-    for h in (900, frames) if "balls" in rows else ():      # the ten seconds after a minute, and the last ten
+    for h in sorted({900, frames}) if "balls" in rows else ():      # the ten seconds after a minute, and the last ten
         part = np.s_[:K, h:h + 150] if h < frames else np.s_[:K, -150:]
         balls = (rows[whose + "balls"][part] for whose in ("", "true_", "copy_"))
         if h <= frames: figures += ball_figures(f"one_ball_{h}", *balls, **more)
@@ -1104,14 +1104,21 @@ def strip(films: np.ndarray,   # of `beside`
     return np.concatenate([np.concatenate([film[t] for t in times if t < len(film)], 1) for film in films])
 
 # %% ../nbs/08_evaluation.ipynb #c3a1f0b4
+def h264(frames: np.ndarray,   # uint8 (T, H, W, 3), of even sides
+         fps: float
+         ) -> bytes:           # .mp4
+    "A film; needs the extra `video`."
+    imageio = course.require("imageio.v3", extra="video")
+    course.require("imageio_ffmpeg", extra="video")
+    return imageio.imwrite("<bytes>", frames, plugin="FFMPEG", extension=".mp4", fps=fps, codec="libx264", macro_block_size=2,
+                           output_params=["-crf", "18"])
+
+
 def save_film(path: str | Path,    # .mp4
               films: np.ndarray    # of `beside`
               ) -> Path:
-    "A film (H.264) with the real game on the left and the model on the right; needs the extra `video`."
-    imageio = course.require("imageio.v3", extra="video")
-    course.require("imageio_ffmpeg", extra="video")
-    content = imageio.imwrite("<bytes>", np.concatenate(list(films), 2), plugin="FFMPEG", extension=".mp4", fps=data.FPS,
-                              codec="libx264", macro_block_size=2, output_params=["-crf", "18"])
+    "A film with the real game on the left and the model on the right."
+    content = h264(np.concatenate(list(films), 2), data.FPS)
     with course.atomic(path) as temporary: temporary.write_bytes(content)
     return Path(path)
 
@@ -1205,7 +1212,6 @@ def peak_memory_gb() -> float:
 
 def memory_gb() -> float:
     "The memory this process holds now, GB; where the system does not tell (outside Linux), the most it has held."
-    import os
     try: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
     except OSError: return peak_memory_gb()
 

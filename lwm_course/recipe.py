@@ -109,24 +109,6 @@ def _tokenizer_step(args, start: WorldModel | None) -> None:
                                   cost_per_hour=args.cost_per_hour)
     train_tokenizer(args.play, args.games, folder, config, shape, start=start and start.tokenizer)
 
-
-def _dynamics_step(args, start: WorldModel | None) -> Dynamics:
-    "Steps 3 and 4 of `lwm train`: what becomes of the frames, and the network that predicts it."
-    out, minutes = Path(args.out), args.minutes if args.dynamics_minutes is None else args.dynamics_minutes
-    if not minutes:
-        print(f"3/5, 4/5 dynamics: that of {args.start} -> {out / 'dynamics'}")
-        (out / "dynamics").mkdir(parents=True, exist_ok=True)
-        shutil.copy(start.folder / "ledger.json", out / "dynamics" / "ledger.json")
-        return start.dynamics
-    tokenizer = Tokenizer.from_pretrained(out / "tokenizer", args.device)
-    print(f"3/5 tokens -> {out / 'tokens'}")
-    tokens = tokenize(tokenizer, args.play, out / "tokens", args.games)
-    print(f"4/5 dynamics: {minutes:g} minutes -> {out / 'dynamics'}")
-    names = {game: tuple(data.Environment(game).actions) for game in args.games}
-    config = training.TrainConfig(minutes=minutes, seed=args.seed, lr=args.lr, ema=0.995, weight_decay=0.05, muon=True,
-                                  cost_per_hour=args.cost_per_hour)
-    return train_dynamics(tokens, names, tokenizer, out / "dynamics", config, size=args.size, start=start and start.dynamics)
-
 # %% ../nbs/recipe.ipynb #c9a859a3
 def train_dynamics(tokens: str | Path,     # folder of `tokenize`
                    games: dict[str, tuple[str, ...]],  # game -> names of its actions
@@ -155,6 +137,24 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
         return {k: float(torch.stack([r[k] for r in rows]).mean()) for k in rows[0]}
     training.fit(model, clips, loss, config, out, valid, data_hash(tokens, list(games)), quiet=quiet)
     return model
+
+# %% ../nbs/recipe.ipynb #rec00017
+def _dynamics_step(args, start: WorldModel | None) -> Dynamics:
+    "Steps 3 and 4 of `lwm train`: what becomes of the frames, and the network that predicts it."
+    out, minutes = Path(args.out), args.minutes if args.dynamics_minutes is None else args.dynamics_minutes
+    if not minutes:
+        print(f"3/5, 4/5 dynamics: that of {args.start} -> {out / 'dynamics'}")
+        (out / "dynamics").mkdir(parents=True, exist_ok=True)
+        shutil.copy(start.folder / "ledger.json", out / "dynamics" / "ledger.json")
+        return start.dynamics
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer", args.device)
+    print(f"3/5 tokens -> {out / 'tokens'}")
+    tokens = tokenize(tokenizer, args.play, out / "tokens", args.games)
+    print(f"4/5 dynamics: {minutes:g} minutes -> {out / 'dynamics'}")
+    names = {game: tuple(data.Environment(game).actions) for game in args.games}
+    config = training.TrainConfig(minutes=minutes, seed=args.seed, lr=args.lr, ema=0.995, weight_decay=0.05, muon=True,
+                                  cost_per_hour=args.cost_per_hour)
+    return train_dynamics(tokens, names, tokenizer, out / "dynamics", config, size=args.size, start=start and start.dynamics)
 
 # %% ../nbs/recipe.ipynb #dc6ad70c
 def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:

