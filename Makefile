@@ -5,6 +5,7 @@ PIP_ARGS ?=
 ARGS     ?=
 VENV     ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN      := $(VENV)/bin
+MAMBA    := mamba-ssm==2.3.2.post1
 RECIPE   := settings.ini setup.py pyproject.toml constraints.txt
 INSTALL   = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 export PIP_ARGS
@@ -54,4 +55,6 @@ $(VENV)/.playable: $(RECIPE)
 
 $(VENV)/.complete: $(VENV)/.playable
 	$(INSTALL) -e ".[all]"
+	MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+		--no-binary :all: --dest $(VENV) $(PIP_ARGS) $(MAMBA)  # its source alone: the tests read its reference functions
 	@touch $@

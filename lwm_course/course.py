@@ -371,6 +371,7 @@ GATES += [
     Gate("M4", "skill over copying (our own)", "skill", 0.8, no_go=0, pivot=BETTER),
     Gate("M4", "frames without divergence", "frames_to_collapse", 30, "frames", bar=3600, pivot=BETTER),
     Gate("M4", "action response", "action_response", 0.7, bar=0.9, pivot="balanced actions, a stronger action input"),
+    Gate("M4", "first playable, from no data", "made_in", 30, "min", higher=False, bar=15, pivot=FASTER, file="first"),
     Gate("M5", "coherent teacher rollout", "teacher_coherent_s", 30, "s", pivot="a smaller teacher, or the emulator itself"),
     Gate("M6", "similarity to the teacher", "teacher_similarity", 0.6, bar=0.85, pivot=GENRE),
     Gate("M6", "Frechet video distance (true FVD only)", "fvd", 250, higher=False, pivot=BETTER),

@@ -6,7 +6,7 @@
 __all__ = ['CARD', 'LIMITS', 'save_clips', 'model_card', 'tokenizer_shape', 'train_dynamics', 'train', 'train_command']
 
 # %% ../nbs/recipe.ipynb #rec00005
-import json, shutil
+import json, shutil, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def _dynamics_step(args, start: WorldModel | None) -> Dynamics:
     return train_dynamics(tokens, names, tokenizer, out / "dynamics", config, size=args.size, start=start and start.dynamics)
 
 # %% ../nbs/recipe.ipynb #dc6ad70c
-def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
+def _finish(args, start: WorldModel | None, dynamics: Dynamics, began: float) -> None:
     "The last step of `lwm train`: the model's folder, its figures and its card."
     out = Path(args.out)
     model = out / "model"
@@ -174,6 +174,7 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
         course.write_json(place / "ledger.json", ledgers[part])
     figures = evaluate(WorldModel.from_pretrained(str(model), args.device), args.play, seed=args.seed)
     with course.atomic(model / "README.md") as temporary: temporary.write_text(model_card(figures, ledgers), encoding="utf-8")
+    figures.append(course.Figure("made_in", (time.time() - began) / 60, "min", n=1, source="this call of the command, all five stages"))
     print_figures(figures)
     if args.json: course.save_results(args.json, args.line, figures, args.seed, model=str(model))
     print(f"\nPlay it: lwm demo --model {model}")
@@ -181,6 +182,7 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics) -> None:
 # %% ../nbs/recipe.ipynb #dc6ad7b0
 def train(args) -> None:
     "`lwm train`: from no data at all to a model that can be played."
+    began = time.time()
     if not args.minutes > 0: raise ValueError("--minutes must be above 0")
     if args.quantizer == "none" and not args.tokenizer_only:
         raise ValueError("--quantizer none makes no tokens, and dynamics predict tokens: add --tokenizer-only")
@@ -198,7 +200,7 @@ def train(args) -> None:
     data.collect(games, args.play, episodes=args.episodes, workers=args.workers, seed=args.seed)
     _tokenizer_step(args, start)
     if args.tokenizer_only: print(f"\nMeasure it: lwm eval --model {Path(args.out) / 'tokenizer'} --play {args.play}")
-    else: _finish(args, start, _dynamics_step(args, start))
+    else: _finish(args, start, _dynamics_step(args, start), began)
 
 # %% ../nbs/recipe.ipynb #rec00014
 def train_command(parser) -> None:

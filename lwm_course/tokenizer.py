@@ -749,7 +749,7 @@ def reconstruction_loss(model: nn.Module,     # a `Tokenizer`, or `Judged`, in t
     drawn = output.detach()
     used = 0 if tokens is None else tokens.unique().numel()
     mse, moving = (drawn - frames).square().mean() / 4, where_it_moves(pixel_error(drawn, frames), mask)
-    return loss, {"psnr": -10 * mse.log10(), "moving": moving, "used": torch.tensor(float(used))}
+    return loss, {"psnr": -10 * mse.clamp_min(1e-8).log10(), "moving": moving, "used": torch.tensor(float(used))}
 
 # %% ../nbs/03_tokenizer.ipynb #1eedf2c3
 class FrameWindows:

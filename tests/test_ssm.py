@@ -1,4 +1,12 @@
 "The state-space layer: its forms agree on random shapes, with the paper's formulas written out in NumPy, and in their gradients."
+import ast
+import math
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import einops
 import numpy as np
 import pytest
 import torch
@@ -6,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lwm_course import ssm
 from lwm_course.ssm import Mamba2, scan_chunk, scan_chunked, scan_sequential, scan_step
 
 some = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -308,3 +317,96 @@ def test_state_of_other_sequences_is_refused():
 
 def test_width_must_fill_the_heads():
     with pytest.raises(ValueError, match="48 is not a multiple of head = 32"): Mamba2(48)
+
+
+# mamba-ssm: its reference functions (any machine) and its kernels (CUDA)
+
+REFERENCE = {"ops/selective_scan_interface.py": ["selective_scan_ref"],
+             "ops/triton/layernorm_gated.py": ["rms_norm_ref"],
+             "ops/triton/ssd_chunk_state.py": ["chunk_state_ref"],
+             "ops/triton/ssd_state_passing.py": ["state_passing_ref"],
+             "ops/triton/ssd_chunk_scan.py": ["chunk_scan_ref"],
+             "ops/triton/ssd_combined.py": ["ssd_chunk_scan_combined_ref", "ssd_selective_scan", "mamba_split_conv1d_scan_ref"],
+             "ops/triton/selective_state_update.py": ["selective_state_update_ref"],
+             "modules/ssd_minimal.py": ["segsum", "ssd_minimal_discrete"]}
+
+
+@pytest.fixture(scope="module")
+def published():
+    "The reference functions alone, cut from the package's source: the rest of it cannot be imported without CUDA."
+    archive = next(Path(sys.prefix).glob("mamba_ssm-*.tar.gz"), None)
+    assert archive, f"the source of mamba-ssm is not in {sys.prefix}: `make .venv/.complete` fetches it"
+    space = {"torch": torch, "F": F, "rearrange": einops.rearrange, "repeat": einops.repeat, "math": math}
+    with tarfile.open(archive) as tar:
+        for file, names in REFERENCE.items():
+            tree = ast.parse(tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/mamba_ssm/{file}").read())
+            tree.body = [part for part in tree.body if isinstance(part, ast.FunctionDef) and part.name in names]
+            assert [part.name for part in tree.body] == names, f"{archive.name}: {file} has no longer {names}"
+            exec(compile(tree, file, "exec"), space)
+    # what its layer takes from kernels: a causal convolution, a gated norm, a scan
+    space["causal_conv1d_fn"] = lambda x, w, b, activation: F.silu(F.conv1d(F.pad(x, (w.shape[1] - 1, 0)), w[:, None], b, groups=len(w)))
+    space["rmsnorm_fn"] = space["rms_norm_ref"]
+    interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.selective_scan_fn = space["selective_scan_ref"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mamba_ssm", "mamba_ssm.ops"): patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, interface.__name__, interface)
+        yield types.SimpleNamespace(**space)
+
+
+@pytest.mark.parametrize("T, chunk", [(64, 16), (48, 48), (96, 32)])
+def test_scans_agree_with_mamba_ssm(published, T, chunk):
+    x, dt, A, B, C, _ = scan_inputs(T=T, H=3, P=4, S=5, dtype=torch.float32)
+    combined = published.ssd_chunk_scan_combined_ref(x, dt, A, B[:, :, None], C[:, :, None], chunk)
+    heads = lambda v: v[:, :, None].expand(-1, -1, 3, -1)
+    minimal, last = published.ssd_minimal_discrete(x * dt[..., None], A * dt, heads(B), heads(C), chunk)
+    for scan in (scan_sequential, scan_chunked):
+        y, h = scan(x, dt, A, B, C)
+        assert apart(y, combined) < 1e-5 and apart(y, minimal) < 1e-5 and apart(h, last) < 1e-5
+
+
+def test_step_agrees_with_mamba_ssm(published):
+    x, dt, A, B, C, h = scan_inputs(T=1, H=3, P=4, S=5, dtype=torch.float32)
+    y, after = scan_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], h)
+    state, wide = h.clone(), lambda v, *shape: v[..., None].expand(*shape)
+    theirs = published.selective_state_update_ref(state, x[:, 0], wide(dt[:, 0], 2, 3, 4), A[:, None, None].expand(3, 4, 5),
+                                                  B[:, 0, None], C[:, 0, None])
+    assert apart(y, theirs) < 1e-5 and apart(after, state) < 1e-5
+
+
+@pytest.mark.parametrize("heads, T", [(2, 64), (3, 50), (4, 1)])
+def test_layer_agrees_with_mamba_ssm(published, heads, T):
+    layer, u = layer_and_input(32 * heads, T, head=32, state=16)
+    with torch.no_grad():
+        theirs = published.mamba_split_conv1d_scan_ref(
+            layer.project(u), layer.conv.weight[:, 0], layer.conv.bias, layer.dt_bias, -layer.A_log.exp(), layer.D, 32,
+            rmsnorm_weight=layer.norm.weight, rmsnorm_eps=1e-5, outproj_weight=layer.out.weight, headdim=32, norm_before_gate=False)
+        assert apart(layer(u)[0], theirs) < 1e-5
+
+
+def test_kernels_are_the_default_where_they_are(published, monkeypatch):
+    "Their interface stands in for them, so that what is handed over is tested without a GPU."
+    called = []
+    def stand_in(x, dt, A, B, C, chunk, initial_states, return_final_states):
+        assert B.shape == C.shape == (*x.shape[:2], 1, 4) and not initial_states.any() and return_final_states
+        called.append(chunk)
+        return published.ssd_chunk_scan_combined_ref(x, dt, A, B, C, chunk), scan_chunked(x, dt, A, B[:, :, 0], C[:, :, 0])[1]
+    layer, u = layer_and_input(T=64)
+    with torch.no_grad():
+        own = layer(u)
+        monkeypatch.setattr(ssm, "kernels", lambda: stand_in)
+        assert ssm.best_scan(2, torch.device("cuda")) is ssm.scan_fused and ssm.best_scan(2, torch.device("cpu")) is scan_chunked
+        fused = layer(u, scan=ssm.scan_fused)
+    assert called == [layer.chunk] and apart(fused[0], own[0]) < 1e-5 and apart(fused[1][1], own[1][1]) < 1e-5
+    monkeypatch.setattr(ssm, "kernels", lambda: None)
+    assert ssm.best_scan(2, torch.device("cuda")) is scan_chunked
+
+
+@pytest.mark.skipif(not ssm.kernels(), reason="needs a CUDA device and mamba-ssm")
+def test_kernels_forward_and_backward():
+    values = [v.float().cuda().requires_grad_() for v in scan_inputs(T=100, H=4, P=32, S=16)]
+    answers = []
+    for scan in (scan_chunked, ssm.scan_fused):
+        y, h = scan(*values)
+        answers.append((y, h, *torch.autograd.grad(y.square().sum() + h.square().sum(), values)))
+    for own, theirs in zip(*answers): assert apart(theirs, own) < 5e-3      # their products are TF32
