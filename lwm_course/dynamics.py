@@ -874,7 +874,8 @@ def mse(a: np.ndarray,  # uint8 (B, H, W, 3)
         b: np.ndarray   # of the same shape
         ) -> np.ndarray:  # (B,)
     "Mean squared error of each image, on a scale of colours from 0 to 1."
-    return np.square((a.astype(np.float64) - b) / 255).reshape(len(a), -1).mean(1)
+    apart = np.subtract(a, b, dtype=np.int16).reshape(len(a), -1)
+    return np.einsum("ij,ij->i", apart, apart, dtype=np.int64) / (255 ** 2 * apart.shape[1])
 
 # %% ../nbs/07_dynamics.ipynb #1eb175bf
 def next_frame(wm: WorldModel,
@@ -1003,18 +1004,19 @@ def evaluate(wm: WorldModel,
              ) -> list[course.Figure]:
     "The figures of record: reconstruction, next frame, changed pixels, answer to the key; each beside its baseline."
     figures, size = [], wm.frame_size[0]
-    decibel = lambda x: float(-10 * np.log10(max(np.mean(x), 1e-8)))      # no error at all counts as 80 dB
+    decibel = lambda x: float(-10 * np.log10(max(np.mean(x), 1e-8)))   # 80: no error
     for game in tqdm([wm.games[wm.game_index(g)] for g in games or wm.games], desc="evaluate", unit="game"):
         rows = next_frame(wm, data.clips(folder, [game], length, size, clips, split, seed), game)
         ratio = lambda i: 1 - rows["model"][i].mean() / rows["copy"][i].mean()
         rng = np.random.default_rng(seed)
         spread = np.quantile([ratio(rng.integers(clips, size=clips)) for _ in range(1000)], [0.025, 0.975])
         add = lambda name, value, **more: figures.append(course.Figure(name, value, game=game, **more))
-        add("reconstruction_psnr", decibel(rows["tokenizer"]), unit="dB", n=clips)
+        sure = lambda name: tuple(map(decibel, training.interval(rows[name], seed=seed)[::-1]))
+        add("reconstruction_psnr", decibel(rows["tokenizer"]), unit="dB", n=clips, baseline=decibel(rows["copy"]), interval=sure("tokenizer"))
         model, copy, ceiling = (float(rows[name].mean()) for name in ("model", "copy", "ceiling"))
         add("next_frame_mse", model, n=clips, baseline=copy, ceiling=ceiling, interval=training.interval(rows["model"], seed=seed))
         add("skill", 1 - model / copy, n=clips, baseline=0.0, ceiling=1 - ceiling / copy, interval=tuple(map(float, spread)))
-        add("changed_psnr", decibel(rows["changed"]), unit="dB", n=clips, baseline=decibel(rows["changed_copy"]))
+        add("changed_psnr", decibel(rows["changed"]), unit="dB", n=clips, baseline=decibel(rows["changed_copy"]), interval=sure("changed"))
         answers = [action_response(wm, m, game) for m in moments(game, choices, size, seed=10_000 + seed)]
         if answers:
             right, chance = map(np.array, zip(*answers))

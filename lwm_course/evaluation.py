@@ -300,7 +300,7 @@ def examine_clip(tokenizer: Tokenizer,
         drawn, changed = tokenizer.decode(tokens).cpu().numpy(), patches_changed(true, before, tokenizer.config.patch)
         row |= {"tokens": tokens.cpu().numpy(), "flicker": token_flicker(tokens.cpu(), earlier, changed)}
     else: drawn = redrawn(tokenizer, true)
-    row |= {"drawn": drawn, "error": mse(drawn, true).mean()}
+    row |= {"drawn": drawn, "error": mse(drawn, true).mean(), "copy": mse(before, true).mean()}
     for name, frames in (("moving", drawn), ("moving_copy", before)):
         row[name] = 10 ** (-changed_psnr(frames, true, before) / 10)
     with suppress(course.MissingExtra): row["ssim"] = training.ssim(drawn, true)
@@ -327,7 +327,7 @@ def tokenizer_figures(tokenizer: Tokenizer,
         new = "unseen_" if tokenizer.config.games and game not in tokenizer.config.games else ""
         def add(name, statistic, *columns, **more):
             figures.append(figure(new + name, statistic, *map(of, columns), seed=seed, game=game, **more))
-        add("reconstruction_psnr", decibel, "error", unit="dB")
+        add("reconstruction_psnr", decibel, "error", unit="dB", baseline=decibel(of("copy")))
         if "ssim" in rows[0]: add("reconstruction_ssim", np.mean, "ssim", ceiling=1.0)
         if "lpips" in rows[0]: add("reconstruction_lpips", np.mean, "lpips", ceiling=0.0)
         add("reconstruction_changed_psnr", decibel, "moving", unit="dB", baseline=decibel(of("moving_copy")))
