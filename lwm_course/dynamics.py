@@ -1004,7 +1004,7 @@ def evaluate(wm: WorldModel,
              ) -> list[course.Figure]:
     "The figures of record: reconstruction, next frame, changed pixels, answer to the key; each beside its baseline."
     figures, size = [], wm.frame_size[0]
-    decibel = lambda x: float(-10 * np.log10(max(np.mean(x), 1e-8))) # 80: none
+    decibel = lambda x: float(-10 * np.log10(max(np.mean(x), 1e-8)))
     for game in tqdm([wm.games[wm.game_index(g)] for g in games or wm.games], desc="evaluate", unit="game"):
         rows = next_frame(wm, data.clips(folder, [game], length, size, clips, split, seed), game)
         ratio = lambda i: 1 - rows["model"][i].mean() / rows["copy"][i].mean()
