@@ -698,10 +698,12 @@ class _Starts(_Parts):
 # %% ../nbs/07_dynamics.ipynb #7e969558
 class _Chooses(_Starts):
     "How a world model answers: what the head says, and which tokens are taken."
-    def head(self, state: PlayState, action: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        "Embedding (B, h, w, E) and copy logit (B, h, w) of the next tokens."
+    def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float = 1.0) -> tuple[Tensor, Tensor]:
+        "Embedding (B, h, w, E) and copy logit (B, h, w) of the next tokens, guided by the key."
         frame = state.features[:, None], state.active[:, None]      # a time axis of length 1
-        out, gate = self.dynamics.predict(*frame, known[:, None], action[:, None], state.game)
+        ask = lambda key: self.dynamics.predict(*frame, known[:, None], key[:, None], state.game)
+        out, gate = ask(action)
+        if guidance != 1: out, gate = map(lambda free, own: free + guidance * (own - free), ask(action * 0 - 1), (out, gate))
         return out[:, 0], gate[:, 0]
 
     @torch.inference_mode()
@@ -735,13 +737,13 @@ class _Chooses(_Starts):
 class _Refines(_Chooses):
     "How the next frame is chosen, in one pass of the head or in several."
     @torch.inference_mode()
-    def next_tokens(self, state: PlayState, action: Tensor, temperature: float = 0.0, refine: int = 1) -> Tensor:
+    def next_tokens(self, state: PlayState, action: Tensor, temperature: float = 0.0, refine: int = 1, guidance: float = 1.0) -> Tensor:
         "Choose the next frame's tokens (B, h, w); with refine > 1 the surest first (MaskGIT, Chang et al. 2022, section 3.2)."
         if temperature < 0: raise ValueError(f"temperature must not be negative, got {temperature}")
         if refine < 1: raise ValueError(f"refine must be at least 1, got {refine}")
         known = torch.full_like(state.tokens, self.dynamics.mask)
         for k in range(refine):
-            out, gate = self.head(state, action, known)
+            out, gate = self.head(state, action, known, guidance)
             tokens, sure = self.choose(state, out, gate, temperature, k)
             open_ = known == self.dynamics.mask
             if k == refine - 1: return torch.where(open_, tokens, known)
@@ -772,11 +774,12 @@ class _Plays(_Refines):
     def step(self, state: PlayState,
              action: Tensor | list[int] | int,  # (B,) index of the held key, one for each player
              temperature: float = 0.0,          # 0: the most likely frame; 1: as random as the game seemed in training
-             refine: int = 1                    # passes of the head
+             refine: int = 1,                   # passes of the head
+             guidance: float = 1.0              # 0: the key is ignored; above 1: its effect is exaggerated
              ) -> tuple[Tensor, PlayState]:     # frames uint8 (B, H, W, 3), the next state
         "One frame of play. The same seed and the same keys give the same frames."
         action = self.keys(state, action)
-        tokens = self.next_tokens(state, action, temperature, refine)
+        tokens = self.next_tokens(state, action, temperature, refine, guidance)
         pixels = self.show(state, tokens)
         return pixels, self.commit(state, tokens, action, pixels)
 

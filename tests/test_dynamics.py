@@ -211,6 +211,17 @@ def test_same_seed_same_frames(world, temperature, refine):
     assert torch.equal(game(5), game(6)) == (temperature == 0)
 
 
+def test_guidance(world):
+    frames, keys = play_of()
+    state, known = world.start(frames, keys, PONG), torch.full((3, 8, 8), world.dynamics.mask)
+    ask = lambda actions, guidance: world.head(state, torch.tensor(actions), known, guidance)
+    for plain, ignored, other, twice in zip(ask([0, 1, 3], 1.0), ask([0, 1, 3], 0.0), ask([3, 2, 1], 0.0), ask([0, 1, 3], 2.0)):
+        assert torch.equal(ignored, other) and torch.allclose(twice, 2 * plain - ignored, atol=1e-5)
+    assert any(not torch.equal(a, b) for a, b in zip(ask([0, 1, 3], 1.0), ask([0, 1, 3], 0.0)))
+    assert torch.equal(world.step(state, [0, 1, 3], guidance=1.0)[0], world.step(state, [0, 1, 3])[0])
+    assert torch.equal(world.step(state, [0, 1, 3], guidance=0.0)[0], world.step(state, [3, 2, 1], guidance=0.0)[0])
+
+
 @pytest.mark.parametrize("temperature, refine", [(0.0, 1), (1.0, 1), (1.0, 3)])
 def test_players_do_not_touch_one_another(world, temperature, refine):
     frames, keys = play_of()
