@@ -722,8 +722,7 @@ class _Chooses(_Starts):
         "Pick tokens (B, h, w) and say how sure each is. The vocabulary is asked only where something may change."
         if temperature:
             u = noise(state, k, 2).clamp(1e-6, 1 - 1e-6)
-            logistic = (u[:, 0] / (1 - u[:, 0])).log()
-            change = gate + temperature * logistic < 0      # a draw from the gate, sharpened by the temperature
+            change = gate + temperature * u[:, 0].logit() < 0      # a draw from the gate, sharpened by the temperature
         else: change = gate < 0
         tokens, sure = state.tokens.clone(), gate.abs()
         named, certain = tokens[change], sure[change]
