@@ -700,8 +700,7 @@ class _Chooses(_Starts):
     "How a world model answers: what the head says, and which tokens are taken."
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float = 1.0) -> tuple[Tensor, Tensor]:
         "Embedding (B, h, w, E) and copy logit (B, h, w) of the next tokens, guided by the key."
-        frame = state.features[:, None], state.active[:, None]      # a time axis of length 1
-        ask = lambda key: self.dynamics.predict(*frame, known[:, None], key[:, None], state.game)
+        ask = lambda key: self.dynamics.predict(*(x[:, None] for x in (state.features, state.active, known, key)), state.game)
         out, gate = ask(action)
         if guidance != 1: out, gate = map(lambda free, own: free + guidance * (own - free), ask(action * 0 - 1), (out, gate))
         return out[:, 0], gate[:, 0]
