@@ -273,7 +273,7 @@ def put(module: nn.Module, name: str, child) -> None:
     setattr(module.get_submodule(owner), last, child)
 
 
-def round_inputs(model: Dynamics, scheme: Scheme, context: Context) -> None:
+def round_inputs(model: Dynamics, scheme: Scheme, context: Context | None = None) -> None:
     "Replace the busy layers by `RoundedLinear`, calibrated where the scheme is static."
     seen = observe(model, context) if scheme.inputs == "static" else {}
     ranges = {"minmax": minmax, "percentile": percentile, "mse": lambda x: least_squares(x, affine)}[scheme.calibrate]
@@ -310,7 +310,8 @@ def quantize(wm: WorldModel,
         if scheme.inputs: round_inputs(other.dynamics, scheme, context or Context.of(wm))
         pack(other.dynamics, scheme.bits_of, size=scheme.size)
         pack(other.tokenizer, lambda name: scheme.table, size=64, make=affine)
-        other.dynamics.codes = other.tokenizer.code_table().to(other.dynamics.codes)      # what tokens mean has changed a little
+    else: other.tokenizer.to(getattr(torch, scheme.dtype)).float()      # what the file will hold
+    other.dynamics.codes = other.tokenizer.code_table().to(other.dynamics.codes)      # what tokens mean has changed a little
     return other.ready(other.dynamics.codes.device, scheme.dtype)      # also forgets the tables of the old weights
 
 # %% ../nbs/13_quantization.ipynb #q13c055
