@@ -542,6 +542,7 @@ class Measure:
     clips: int = 16                  # per game
     length: int = 24                 # frames per clip
     choices: int = 8                 # moments of choice per game
+    context: int = 9                 # frames of each start clip, for calibration, choice and divergence
     split: str = "val"               # "test" is for the final report
     qat_steps: int = 300             # of fine-tuning, for the schemes that end in "-qat"
     seed: int = 0
@@ -574,18 +575,17 @@ def measure_schemes(wm: WorldModel,        # in float32
                     effort: Measure
                     ) -> list[course.Figure]:   # `source` names the scheme
     "Size and yardstick of every scheme, read back from its file."
-    names, figures, context, out = ["float32", *(n for n in names if n != "float32")], [], Context.of(wm), Path(out)
-    for name in names: course.nearest(name, SCHEMES, what="scheme")
+    names, figures, out = ["float32", *(n for n in names if n != "float32")], [], Path(out)
+    context = Context.of(wm, frames=effort.context)
     for name in tqdm(names, desc="schemes", unit="scheme"):
         folder = save_quantized(prepare(wm, name, context, effort), out / name)
         kind = SCHEMES[name].dtype
         other = load_quantized(folder, "cpu") if SCHEMES[name].bits else WorldModel.from_pretrained(str(folder), "cpu", kind)
         whole, mb = file_bytes(out / "float32") / 1e6, file_bytes(folder) / 1e6
         figures += [course.Figure("file", mb, "MB", baseline=whole, source=name),
-                    course.Figure("file_ratio", mb / whole, baseline=1.0, source=name)]
-        if kind == "float32":
-            figures.append(course.Figure("divergence", divergence(wm.dynamics, other.dynamics, context), "nats per frame",
-                                         n=context.actions.numel(), ceiling=0.0, source=name))
+                    course.Figure("file_ratio", mb / whole, baseline=1.0, source=name),
+                    course.Figure("divergence", divergence(wm.dynamics, other.dynamics, context), "nats per frame",
+                                  n=context.actions.numel(), ceiling=0.0, source=name)]
         figures += [replace(f, source=name) for f in yardstick(other, effort)]
     return figures
 
@@ -609,7 +609,7 @@ def run_quantize(args) -> None:
     for name in args.scheme: course.nearest(name, SCHEMES, what="scheme")
     wm = WorldModel.from_pretrained(args.model, "cpu", "float32")
     games = [wm.games[wm.game_index(game)] for game in args.games or (wm.games[:2] if args.quick else wm.games)]
-    less = dict(clips=2, length=12, choices=1, qat_steps=2) if args.quick else dict(qat_steps=args.qat_steps)
+    less = dict(clips=2, length=12, choices=1, context=3, qat_steps=2) if args.quick else dict(qat_steps=args.qat_steps)
     effort = Measure(args.play, games, split=args.split, seed=args.seed, **less)
     figures = measure_schemes(wm, args.scheme, args.out, effort)
     print(scheme_table([asdict(f) for f in figures]))
