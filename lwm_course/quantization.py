@@ -57,14 +57,18 @@ class Grid:
         return x + (near - x).detach() if x.requires_grad else near
 
 # %% ../nbs/13_quantization.ipynb #q13c015
-def symmetric(low: Tensor, high: Tensor,  # (G, 1), ends of the range
-              bits: int = 8) -> Grid:
+def symmetric(low: Tensor,    # (G, 1), ends of the range
+              high: Tensor,   # (G, 1)
+              bits: int = 8   # 2^bits - 1 values are used
+              ) -> Grid:
     "The symmetric grid that covers a range: for weights, which lie around zero."
     return Grid(torch.maximum(high, -low).clamp_min(1e-12) / (2 ** (bits - 1) - 1), None, bits)
 
 
-def affine(low: Tensor, high: Tensor,     # (G, 1), ends of the range
-           bits: int = 8) -> Grid:
+def affine(low: Tensor,    # (G, 1), ends of the range
+           high: Tensor,   # (G, 1)
+           bits: int = 8   # 2^bits values
+           ) -> Grid:
     "The affine grid from `low` to `high`: for colours, and for what comes out of a SiLU."
     return Grid((high - low).clamp_min(1e-12) / (2 ** bits - 1), low, bits)
 
@@ -102,7 +106,8 @@ def pack_bits(k: Tensor,  # whole numbers 0 .. 2^bits - 1, any shape
     return (k << (torch.arange(per, dtype=torch.uint8) * bits)).sum(1, dtype=torch.uint8)
 
 
-def unpack_bits(packed: Tensor, bits: int,
+def unpack_bits(packed: Tensor,   # uint8, of `pack_bits`
+                bits: int,        # of each number
                 count: int  # of numbers
                 ) -> Tensor:  # uint8 (count,)
     "The inverse of `pack_bits`."
@@ -197,8 +202,8 @@ def percentile(x: Tensor,         # (G, N)
 
 
 def least_squares(x: Tensor,              # (G, N)
-                  make: Callable = symmetric,
-                  bits: int = 8,
+                  make: Callable = symmetric,   # or `affine`
+                  bits: int = 8,          # of the grid
                   tries: int = 40         # ranges, from the whole one down to a fortieth
                   ) -> tuple[Tensor, Tensor]:
     "The range, of shrunken ones, whose grid is nearest to the numbers (OMSE, Choukroun et al. 2019)."
@@ -267,13 +272,19 @@ SCHEMES = {   # name -> scheme; "mixed" chooses its layers when it is made, and 
     "mixed": Scheme(4, 32, table=4)}
 
 # %% ../nbs/13_quantization.ipynb #q13c051
-def put(module: nn.Module, name: str, child) -> None:
+def put(module: nn.Module,  # holds it
+        name: str,          # dotted
+        child               # takes its place
+        ) -> None:
     "Set what a dotted name stands for."
     owner, _, last = name.rpartition(".")
     setattr(module.get_submodule(owner), last, child)
 
 
-def round_inputs(model: Dynamics, scheme: Scheme, context: Context | None = None) -> None:
+def round_inputs(model: Dynamics,    # changed in place
+                 scheme: Scheme,     # with inputs
+                 context: Context | None = None   # for static ones
+                 ) -> None:
     "Replace the busy layers by `RoundedLinear`, calibrated where the scheme is static."
     seen = observe(model, context) if scheme.inputs == "static" else {}
     ranges = {"minmax": minmax, "percentile": percentile, "mse": lambda x: least_squares(x, affine)}[scheme.calibrate]
@@ -411,7 +422,8 @@ def divergence(reference: Dynamics,   # whose answers count as right
 
 # %% ../nbs/13_quantization.ipynb #q13c066
 @torch.inference_mode()
-def sensitivity(wm: WorldModel, context: Context,
+def sensitivity(wm: WorldModel,     # the reference
+                context: Context,   # in which it is asked
                 scheme: Scheme = SCHEMES["int4"]   # bits and group that are tried
                 ) -> dict[str, float]:             # tensor -> nats per frame
     "What it costs to round each tensor of the dynamics alone."
@@ -533,7 +545,7 @@ def finetune(wm: WorldModel,
     other.dynamics.load_state_dict(student.state_dict())
     return other.ready(wm.dynamics.codes.device, "float32")
 
-# %% ../nbs/13_quantization.ipynb #q13c094
+# %% ../nbs/13_quantization.ipynb #q13c095
 @dataclass
 class Measure:
     "How much is measured of every scheme."
@@ -568,7 +580,7 @@ def yardstick(wm: WorldModel, effort: Measure) -> list[course.Figure]:
     drawn = tokenizer_figures(wm.tokenizer, effort.play, effort.games, effort.split, effort.clips, seed=effort.seed, crowd=0)
     return figures + [f for f in drawn if f.name.startswith("reconstruction_objects")]
 
-# %% ../nbs/13_quantization.ipynb #q13c095
+# %% ../nbs/13_quantization.ipynb #q13c096
 def measure_schemes(wm: WorldModel,        # in float32
                     names: list[str],      # of `SCHEMES`; float32 is always measured, first
                     out: str | Path,       # a folder for each scheme, ready to play
@@ -589,7 +601,7 @@ def measure_schemes(wm: WorldModel,        # in float32
         figures += [replace(f, source=name) for f in yardstick(other, effort)]
     return figures
 
-# %% ../nbs/13_quantization.ipynb #q13c096
+# %% ../nbs/13_quantization.ipynb #q13c097
 SHOWN = {"file": "MB", "file_ratio": "of float32", "divergence": "nats per frame", "skill": "skill",
          "changed_psnr": "changed px, dB", "action_response": "answers to the key", "reconstruction_objects": "objects redrawn"}
 
@@ -603,7 +615,7 @@ def scheme_table(figures: list[dict]   # of a results file, or `asdict` of figur
     return course.Table([{"scheme": scheme} | {title: mean(scheme, name) for name, title in SHOWN.items()}
                          for scheme in dict.fromkeys(f["source"] for f in figures)])
 
-# %% ../nbs/13_quantization.ipynb #q13c097
+# %% ../nbs/13_quantization.ipynb #q13c098
 def run_quantize(args) -> None:
     "`lwm quantize`: write the schemes, measure them, print the table."
     for name in args.scheme: course.nearest(name, SCHEMES, what="scheme")
