@@ -943,6 +943,7 @@ COMMANDS = {
     "bench":  ("evaluation", "measure key-to-pixels latency, frames per second and memory"),
     "eval":   ("evaluation", "measure a world model beside copying and beside the real game"),
     "ablate": ("ablation", "train every loss and every quantizer of a tokenizer at equal steps"),
+    "quantize": ("quantization", "write a world model in 8 or 4 bits, and measure what that costs"),
     "report": ("course", "print the milestones: target, measured, verdict, and what was spent"),
     "check":  ("course", "run your exercises' checks and a chapter's gate"),
 }
@@ -965,7 +966,7 @@ def command_parser(command): # a key of `COMMANDS`
 # %% ../nbs/00_start.ipynb #da1e3acd
 def _usage():
     "Text of `lwm --help`."
-    lines = [f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: lwm COMMAND [options]", "", "Build a lightweight world model, and play it.", "", *lines, "",
                       "`lwm COMMAND --help` lists the options of a command; `--debug` shows the traceback of an error."])
 

@@ -9,7 +9,7 @@ import pytest
 from lwm_course import course
 from lwm_course.course import COMMANDS, main
 
-NAMES = ["data", "train", "play", "demo", "bench", "eval", "ablate", "report", "check"]
+NAMES = ["data", "train", "play", "demo", "bench", "eval", "ablate", "quantize", "report", "check"]
 
 
 def lwm(*arguments, cwd=None, seconds=120):
@@ -44,7 +44,7 @@ def test_help_of_a_command(command, capsys):
     text = capsys.readouterr().out
     assert f"usage: lwm {command}" in text and "--seed" in text
     assert len(text.split("options:")[0]) > 80  # it says what the command does
-    if command in ("data", "bench", "eval", "ablate", "report"): assert "--json" in text
+    if command in ("data", "bench", "eval", "ablate", "quantize", "report"): assert "--json" in text
 
 
 @pytest.mark.parametrize("command", NAMES)
@@ -76,7 +76,7 @@ def test_unknown_command():
     assert "report" in one_line_error(lwm("reprot"), code=2)
 
 
-@pytest.mark.parametrize("arguments", [("data", "collect"), ("train", "--games"), ("play",), ("bench", "--game"), ("eval", "--games"), ("ablate", "--games")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("data", "collect"), ("train", "--games"), ("play",), ("bench", "--game"), ("eval", "--games"), ("ablate", "--games"), ("quantize", "--games")], ids=" ".join)
 def test_unknown_game_is_one_line_with_the_nearest_name(arguments, tmp_path):
     message = one_line_error(lwm(*arguments, "ALE/Pnog-v5", cwd=tmp_path))
     assert "Pnog" in message and "Pong" in message
