@@ -942,6 +942,7 @@ COMMANDS = {
     "demo":   ("demo", "serve the demo page"),
     "bench":  ("evaluation", "measure key-to-pixels latency, frames per second and memory"),
     "eval":   ("evaluation", "measure a world model beside copying and beside the real game"),
+    "export": ("export", "write a world model for other engines, and compare their play"),
     "ablate": ("ablation", "train every loss and every quantizer of a tokenizer at equal steps"),
     "report": ("course", "print the milestones: target, measured, verdict, and what was spent"),
     "check":  ("course", "run your exercises' checks and a chapter's gate"),
