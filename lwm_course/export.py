@@ -386,7 +386,8 @@ class OpenVino:
     def load(file: Path) -> Callable:
         "A request of as many threads as torch has; float32, since a CPU that has bfloat16 would use it."
         engine = course.require("openvino", extra="export")
-        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32",
+                   "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         request = engine.compile_model(file, "CPU", options).create_infer_request()
         return lambda arrays: [np.array(x) for x in request.infer(arrays, share_inputs=True).values()]
 
@@ -440,7 +441,7 @@ def export(wm: WorldModel,        # in float32, on the CPU
            ) -> dict[str, dict]:  # the manifest of each target
     "Write the graphs for engines, each with a manifest; load them again, and compare their play."
     engines = {target: TARGETS[course.nearest(target, TARGETS, what="target")] for target in targets}
-    for package in {package for engine in engines.values() for package in engine.packages}: course.require(package, extra="export")
+    for package in sum((engine.packages for engine in engines.values()), ()): course.require(package, extra="export")
     shapes, manifests = {name: shapes_of(*given) for name, given in example(wm, Backend(wm, graphs(wm))).items()}, {}
     with tempfile.TemporaryDirectory() as room:
         onnx = write_onnx(wm, Path(room))
