@@ -182,7 +182,7 @@ class HeadGraph(Graph):
         film, where = F.pad(tokens.flatten(), (1, 0)), F.pad(cell[1:] + 1, (1, 0))
         return film.scatter(0, where, codes[fit.argmax(-1)])[1:].view_as(tokens), gate, out
 
-
+# %% ../nbs/14_export.ipynb #exp00021
 GRAPHS = {"head": HeadGraph, "route": RouteGraph, "trunk": TrunkGraph}
 
 
@@ -195,7 +195,7 @@ def graphs(wm: WorldModel  # in float32, on the CPU
         raise ValueError("graphs need a memory in every block of the trunk")
     with torch.no_grad(): return {name: kind(wm.dynamics).eval().requires_grad_(False) for name, kind in GRAPHS.items()}
 
-# %% ../nbs/14_export.ipynb #exp00022
+# %% ../nbs/14_export.ipynb #exp00023
 class _Answers(WorldModel):
     "How a backend answers."
     def __init__(self, wm: WorldModel,
@@ -226,7 +226,7 @@ class _Answers(WorldModel):
         if (temperature, refine, guidance) == (0, 1, 1): return self.answer(state, action)[0]
         return super().next_tokens(state, action, temperature, refine, guidance)
 
-# %% ../nbs/14_export.ipynb #exp00023
+# %% ../nbs/14_export.ipynb #exp00024
 class Backend(_Answers):
     "A world model whose graphs are run by an engine."
     @property
@@ -260,17 +260,18 @@ class Backend(_Answers):
         return replace(state, memory=memory, features=features, active=active, tokens=tokens, pixels=pixels,
                        frame=state.frame + 1)
 
-# %% ../nbs/14_export.ipynb #exp00025
+# %% ../nbs/14_export.ipynb #exp00026
 @dataclass
 class Parity:
     "How far a backend's play agrees with its world model's."
     game: str
     steps: int           # played
     same: int            # frames before the first that differs in any token; `steps`: none does
-    first_logits: float  # largest difference in the first step, of copy logits and of names
+    first_gate: float    # largest difference of copy logits in the first step
+    first_names: float   # of name logits, as a share of the largest
 
     @property
-    def passed(self) -> bool: return self.same == self.steps and self.first_logits <= 1e-4
+    def passed(self) -> bool: return self.same == self.steps and self.first_gate <= 1e-4 and self.first_names <= 1e-6
 
 
 def key_presses(actions: int, steps: int, seed: int = 0) -> list[int]:   # of so many actions, with a seed
@@ -280,8 +281,8 @@ def key_presses(actions: int, steps: int, seed: int = 0) -> list[int]:   # of so
 
 
 @torch.inference_mode()
-def logits_apart(wm: WorldModel, backend: Backend, state: PlayState, action: Tensor) -> float:
-    "The largest difference of copy logits, and of how well each code of the game fits, where both compute them."
+def logits_apart(wm: WorldModel, backend: Backend, state: PlayState, action: Tensor) -> tuple[float, float]:
+    "The largest difference of copy logits, and of how well each code of the game fits (a share), where both compute them."
     out, gate = wm.head(state, action, torch.full_like(state.tokens, wm.dynamics.mask))
     _, own_gate, own_out = backend.answer(state, action)
     slots, (_, names, bias) = seats(state.active)[:, 1:], backend.vocabulary(state.game)
@@ -289,10 +290,11 @@ def logits_apart(wm: WorldModel, backend: Backend, state: PlayState, action: Ten
     cells = wm.dynamics.cells[slots[player, seat]]
     named = lambda out: F.linear(out, names)
     gates = gate.flatten(1)[player[:, None], cells] - own_gate[player, seat]
-    fits = named(out.flatten(1, 2)[player[:, None], cells]) - named(own_out[player, seat])
-    return max((x.abs().max().item() for x in (gates, fits) if x.numel()), default=0.0)
+    fits, own_fits = named(out.flatten(1, 2)[player[:, None], cells]), named(own_out[player, seat])
+    if not gates.numel(): return 0.0, 0.0
+    return gates.abs().max().item(), ((fits - own_fits).abs().max() / fits.abs().max()).item()
 
-# %% ../nbs/14_export.ipynb #exp00026
+# %% ../nbs/14_export.ipynb #exp00027
 def parity(wm: WorldModel,       # torch, float32: what is right
            backend: Backend,     # what is checked
            game: str,
@@ -308,9 +310,9 @@ def parity(wm: WorldModel,       # torch, float32: what is right
         (frame, true), (picture, own) = wm.step(true, [key]), backend.step(own, [key])
         if not (torch.equal(true.tokens, own.tokens) and torch.equal(frame, picture)): break
         same += 1
-    return Parity(game, steps, same, first)
+    return Parity(game, steps, same, *first)
 
-# %% ../nbs/14_export.ipynb #exp00031
+# %% ../nbs/14_export.ipynb #exp00032
 def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
     "For each graph example inputs, of two players, and their open axes: `(inputs, dynamic_shapes)`."
     clip, actions = opening(wm, wm.games[0])
@@ -336,7 +338,7 @@ def input_names(graph: str, tensors: int) -> list[str]:   # a name of `GRAPHS`, 
     names = [name for name in GRAPHS[graph].inputs if name != "states"]
     return names + [f"state_{i}" for i in range(tensors - len(names))]
 
-# %% ../nbs/14_export.ipynb #exp00032
+# %% ../nbs/14_export.ipynb #exp00033
 def write_onnx(wm: WorldModel, folder: Path) -> dict[str, Path]:
     "An ONNX file for each graph."
     course.require("onnxscript", extra="export")
@@ -351,7 +353,7 @@ def write_onnx(wm: WorldModel, folder: Path) -> dict[str, Path]:
         program.save(files[name], external_data=False)
     return files
 
-# %% ../nbs/14_export.ipynb #exp00034
+# %% ../nbs/14_export.ipynb #exp00035
 class OnnxRuntime:
     "ONNX Runtime, CPU."
     packages, suffix = ("onnx", "onnxscript", "onnxruntime"), ".onnx"
@@ -371,7 +373,7 @@ class OnnxRuntime:
         names = [node.name for node in session.get_inputs()]
         return lambda arrays: session.run(None, dict(zip(names, arrays)))
 
-
+# %% ../nbs/14_export.ipynb #exp00036
 class OpenVino:
     "OpenVINO, CPU."
     packages, suffix = ("onnx", "onnxscript", "openvino"), ".xml"
@@ -394,7 +396,7 @@ class OpenVino:
 
 TARGETS = {"onnx": OnnxRuntime, "openvino": OpenVino}
 
-# %% ../nbs/14_export.ipynb #exp00035
+# %% ../nbs/14_export.ipynb #exp00037
 def shapes_of(inputs: tuple, axes: tuple) -> list[list]:
     "The shape of each input, an open axis by its name."
     flat = [axis for axis in axes if isinstance(axis, dict)] + [axis for axis in axes if isinstance(axis, tuple) for axis in axis]
@@ -418,7 +420,7 @@ def checked(graph: str,       # its name
         return [torch.from_numpy(array) for array in run([tensor.contiguous().numpy() for tensor in tensors])]
     return call
 
-# %% ../nbs/14_export.ipynb #exp00038
+# %% ../nbs/14_export.ipynb #exp00040
 def source_hash(wm: WorldModel  # in float32
                 ) -> str:
     "A hash of everything that a graph is made from: weights, codes, configuration."
@@ -432,7 +434,7 @@ def file_hash(file: Path) -> str:
     "SHA-256 of a file."
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
-
+# %% ../nbs/14_export.ipynb #exp00041
 def export(wm: WorldModel,        # in float32, on the CPU
            targets: list[str],    # of `TARGETS`
            out: str | Path,       # folder; each target gets one of its own in it
@@ -459,7 +461,7 @@ def export(wm: WorldModel,        # in float32, on the CPU
             course.write_json(folder / "manifest.json", manifests[target])
     return manifests
 
-# %% ../nbs/14_export.ipynb #exp00039
+# %% ../nbs/14_export.ipynb #exp00042
 def _load(wm: WorldModel, folder: Path, manifest: dict) -> Backend:
     "A backend of files that have been checked."
     engine = TARGETS[manifest["target"]]
@@ -484,7 +486,7 @@ def load_backend(wm: WorldModel,      # that was exported
         if file_hash(folder / name) != want: raise ValueError(f"{folder}/{name} is damaged: {again}")
     return _load(wm, folder, manifest)
 
-# %% ../nbs/14_export.ipynb #exp00044
+# %% ../nbs/14_export.ipynb #exp00047
 @dataclass
 class Trial:
     "What a start found out about one backend."
@@ -492,7 +494,7 @@ class Trial:
     ms: float | None     # median of a frame; None: not measured
     why: str             # it was taken, or was not
 
-
+# %% ../nbs/14_export.ipynb #exp00048
 def frame_ms(wm: WorldModel,    # or a backend
              game: str,
              seconds: float,    # to measure, after five frames of warm-up
@@ -508,7 +510,7 @@ def frame_ms(wm: WorldModel,    # or a backend
         times.append(time.perf_counter() - begin)
     return 1000 * float(np.median(times[5:]))
 
-
+# %% ../nbs/14_export.ipynb #exp00049
 def fastest(wm: WorldModel,                  # float32, on the CPU
             folders: list[str | Path] = (),  # written by `export`
             game: str | None = None,         # to measure with; None: the first
@@ -530,7 +532,7 @@ def fastest(wm: WorldModel,                  # float32, on the CPU
     trials += [Trial(name, ms, said(name)) for name, ms in times.items()]
     return found[best], sorted(trials, key=lambda t: t.ms or np.inf)
 
-# %% ../nbs/14_export.ipynb #exp00047
+# %% ../nbs/14_export.ipynb #exp00052
 def export_command(parser) -> None:
     "Options of `lwm export`."
     parser.add_argument("model", nargs="?", default="nano", help="shipped name, folder or Hub id (default: nano)")
