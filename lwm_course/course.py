@@ -944,6 +944,7 @@ COMMANDS = {
     "eval":   ("evaluation", "measure a world model beside copying and beside the real game"),
     "ablate": ("ablation", "train every loss and every quantizer of a tokenizer at equal steps"),
     "quantize": ("quantization", "write a world model in 8 or 4 bits, and measure what that costs"),
+    "export": ("export", "write a world model for other engines, and compare their play"),
     "report": ("course", "print the milestones: target, measured, verdict, and what was spent"),
     "check":  ("course", "run your exercises' checks and a chapter's gate"),
 }

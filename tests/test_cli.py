@@ -9,7 +9,7 @@ import pytest
 from lwm_course import course
 from lwm_course.course import COMMANDS, main
 
-NAMES = ["data", "train", "play", "demo", "bench", "eval", "ablate", "quantize", "report", "check"]
+NAMES = ["data", "train", "play", "demo", "bench", "eval", "ablate", "quantize", "export", "report", "check"]
 
 
 def lwm(*arguments, cwd=None, seconds=120):

@@ -61,7 +61,7 @@ def test_colab_has_versions_that_are_new_enough(settings, name, colab):
 
 
 def test_pins_satisfy_the_requirements(settings, pins):
-    for extra in ("", "games_", "video_", "notebooks_", "train_", "dev_"):
+    for extra in ("", "games_", "video_", "notebooks_", "train_", "export_", "dev_"):
         for line in map(Requirement, settings[f"{extra}requirements"].split()):
             [pin] = pins[canonicalize_name(line.name)].specifier
             assert pin.operator == "==" and line.specifier.contains(pin.version), line

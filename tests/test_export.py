@@ -1,0 +1,205 @@
+"Seats instead of rows, three graphs, and engines that play as PyTorch does."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lwm_course import course, export
+from lwm_course.dynamics import Dynamics, WorldModel
+from lwm_course.export import Backend, busy_places, fastest, graphs, key_presses, load_backend, opening, parity, seats
+from lwm_course.ssm import Mamba2
+
+
+@pytest.fixture(scope="module")
+def wm():
+    return WorldModel.from_pretrained("nano", "cpu", "float32")
+
+
+def small_world(wm, seed=0):
+    "One block each, untrained, with a gate that opens."
+    torch.manual_seed(seed)
+    net = Dynamics(replace(wm.dynamics.config, depth=1, head_depth=1), wm.dynamics.codes)
+    net.owned.copy_(wm.dynamics.owned)
+    torch.nn.init.constant_(net.gate.bias, 0.0)
+    return WorldModel(wm.tokenizer, net, wm.folder).ready("cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def small(wm):
+    return small_world(wm)
+
+
+@pytest.fixture(scope="module")
+def folders(small, tmp_path_factory):
+    "The small world, exported once."
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"): pytest.importorskip(package)
+    out = tmp_path_factory.mktemp("exports")
+    return out, export.export(small, list(export.TARGETS), out, steps=8, games=small.games[:2])
+
+
+# Seats
+
+def test_every_active_place_has_one_seat():
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        active = torch.rand(5, 65, generator=generator) < share
+        active[:, -1] = True
+        slots = seats(active)
+        assert (slots[:, 0] == 64).all() and slots.shape[1] % 8 == 1
+        for row, own in zip(slots.tolist(), active):
+            assert sorted(place for place in row if place < 65) == own.nonzero()[:, 0].tolist()
+
+
+def test_busy_places_repeat_none_and_miss_none():
+    active, window = torch.zeros(3, 65, dtype=torch.bool), torch.zeros(3, 65, 3, 4)
+    active[0, 5], window[1, 7, 2, 1] = True, -1e-9
+    busy = busy_places(active, window)
+    assert 5 in busy[0] and 7 in busy[1] and all(len(set(row)) == 8 for row in busy.tolist())
+
+
+def test_memory_fades_as_a_step_with_nothing():
+    torch.manual_seed(0)
+    layer, slots = Mamba2(32, 4, 8, bias=False), torch.tensor([[5]])
+    state = torch.zeros(1, 5, 3, layer.channels), torch.randn(1, 5, 4, 8, 4)
+    with torch.no_grad():
+        _, (_, after) = layer.step(torch.zeros(5, 32), tuple(part[0] for part in state))
+        histories = export.BusyHistories(export.Seats(slots, 5), torch.tensor([[0]]))
+        part = tuple(histories.busy.collect(x) for x in state)
+        _, faded = histories.fade(layer, state, (part[0], after[:1]))
+    assert torch.allclose(faded[0], after, atol=1e-7) and not torch.allclose(faded, state[1])
+
+
+# Parity in PyTorch
+
+@pytest.mark.parametrize("game", ["ALE/Pong-v5", "ALE/SpaceInvaders-v5"])
+def test_seats_play_as_rows_do_over_a_thousand_steps(wm, game):
+    found = parity(wm, Backend(wm, graphs(wm)), game, 1000)
+    assert found.passed, found
+
+
+def test_parity_finds_a_planted_difference(wm):
+    backend = Backend(wm, graphs(wm))
+    head = backend.run["head"]
+    calls = []
+
+    def off(*tensors):
+        tokens, *rest = head(*tensors)
+        calls.append(1)
+        return tokens.roll(1, 2) if len(calls) == 4 else tokens, *rest
+
+    backend.run["head"] = off      # the first call is that of the logits
+    found = parity(wm, backend, wm.games[0], 10)
+    assert found.same == 2 and not found.passed
+
+
+def test_a_first_step_that_is_a_little_off_does_not_pass():
+    good = export.Parity("Pong", 5, 5, 9e-5, 9e-7)
+    assert good.passed and not any(replace(good, **off).passed for off in (dict(same=4), dict(first_gate=2e-4), dict(first_names=2e-6)))
+
+
+def test_players_of_different_games_with_many_seats(wm):
+    games = ["ALE/Pong-v5", "ALE/SpaceInvaders-v5", "ALE/Boxing-v5"]
+    frames, actions = (np.stack([part[:n] for part in parts]) for n, parts in zip((8, 7), zip(*(opening(wm, g) for g in games))))
+    backend = Backend(wm, graphs(wm))
+    true = own = wm.start(frames, actions, games)
+    for key in key_presses(4, 15):
+        (a, true), (b, own) = wm.step(true, [key] * 3), backend.step(own, [key] * 3)
+        assert torch.equal(a, b) and torch.equal(true.tokens, own.tokens)
+    (a, _), (b, _) = wm.step(true, [1, 1, 1], temperature=1.0), backend.step(own, [1, 1, 1], temperature=1.0)
+    assert (a != b).float().mean() < 0.01, "sampling is PyTorch's, on the backend's memory"
+
+
+def test_the_old_state_stays_valid(wm):
+    backend = Backend(wm, graphs(wm))
+    clip, actions = opening(wm, wm.games[0])
+    state = backend.start(clip[None], actions[None], wm.games[0])
+    first, _ = backend.step(state, [2])
+    assert torch.equal(backend.step(state, [2])[0], first)
+
+
+def test_graphs_refuse_another_precision(small):
+    low = small_world(small)
+    low.dynamics.bfloat16()
+    with pytest.raises(ValueError, match="float32"): graphs(low)
+
+
+# Engines
+
+@pytest.mark.parametrize("target", list(export.TARGETS))
+def test_engine_plays_alike(small, folders, target):
+    out, manifests = folders
+    assert len(manifests[target]["parity"]) == 2 and all(export.Parity(**p).passed for p in manifests[target]["parity"])
+    backend = load_backend(small, out/target)
+    assert parity(small, backend, small.games[5], 30, seed=1).passed
+    clip, actions = opening(small, small.games[3])
+    frames, actions = np.stack([clip] * 3), np.stack([actions] * 3)       # another number of players than the example's
+    true = own = small.start(frames, actions, small.games[3])
+    for keys in ([0, 1, 2], [3, 3, 0]):
+        (a, true), (b, own) = small.step(true, keys), backend.step(own, keys)
+        assert torch.equal(a, b)
+
+
+def test_manifest_says_what_it_is(small, folders):
+    out, _ = folders
+    manifest = json.loads((out/"onnx"/"manifest.json").read_text())
+    assert manifest["source"] == export.source_hash(small) and manifest["precision"] == "float32"
+    assert manifest["shapes"]["trunk"][-1] == ["players", 65, 4, 32, 16]
+    assert set(manifest["files"]) == {"head.onnx", "route.onnx", "trunk.onnx"} and manifest["tools"]["onnxruntime"]
+
+
+def copy(folder, to):
+    "A folder to spoil."
+    to.mkdir()
+    for file in folder.iterdir(): (to/file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_bad_folders_are_refused_by_name(small, folders, tmp_path):
+    out, _ = folders
+    with pytest.raises(ValueError, match="no manifest"): load_backend(small, tmp_path/"nowhere")
+    with pytest.raises(ValueError, match="stale"): load_backend(small_world(small, 1), out/"onnx")
+    spoilt = copy(out/"onnx", tmp_path/"spoilt")
+    data = bytearray((spoilt/"trunk.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (spoilt/"trunk.onnx").write_bytes(data)
+    with pytest.raises(ValueError, match="trunk.onnx is damaged"): load_backend(small, spoilt)
+    (spoilt/"trunk.onnx").unlink()
+    with pytest.raises(ValueError, match="lacks trunk.onnx"): load_backend(small, spoilt)
+    (spoilt/"manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"): load_backend(small, spoilt)
+    (spoilt/"manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks"): load_backend(small, spoilt)
+
+
+def test_a_state_of_another_shape_is_refused(small, folders):
+    backend = load_backend(small, folders[0]/"onnx")
+    clip, actions = opening(small, small.games[0])
+    state = small.start(clip[None], actions[None], small.games[0])
+    window, scan = state.memory.blocks[0]
+    state.memory.blocks[0] = window, scan[..., :-1]
+    with pytest.raises(ValueError, match="state_1 must be .players, 65, 4, 32, 16."): backend.step(state, [0])
+
+
+def test_a_missing_extra_is_named(small, monkeypatch, tmp_path):
+    def missing(module, extra): raise course.MissingExtra(f"{module}: pip install 'lwm-course[{extra}]'")
+    monkeypatch.setattr(course, "require", missing)
+    with pytest.raises(course.MissingExtra, match=r"lwm-course\[export\]"): export.export(small, ["onnx"], tmp_path)
+
+
+def test_the_fastest_that_plays_alike_is_taken(small, folders, tmp_path, monkeypatch):
+    out, _ = folders
+    player, trials = fastest(small, [out/"onnx", tmp_path/"nowhere"], seconds=0.1, steps=3)
+    assert trials[0].ms == min(t.ms for t in trials if t.ms) and "no manifest" in trials[-1].why
+    assert player is small or player.name == trials[0].backend
+    real = export.load_backend
+
+    def wrong(wm, folder):
+        backend = real(wm, folder)
+        head = backend.run["head"]
+        backend.run["head"] = lambda *x: (x[2].roll(1, 1), *head(*x)[1:])
+        return backend
+
+    monkeypatch.setattr(export, "load_backend", wrong)
+    player, trials = fastest(small, [out/"onnx"], seconds=0.1, steps=3)
+    assert player is small and trials[-1].ms is None and "not alike" in trials[-1].why
