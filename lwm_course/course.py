@@ -940,7 +940,7 @@ COMMANDS = {
     "train":  ("recipe", "train a tokenizer and a world model"),
     "play":   ("demo", "play a world model in the browser, on this machine only"),
     "demo":   ("demo", "serve the demo page"),
-    "bench":  ("evaluation", "measure key-to-pixels latency, frames per second and memory"),
+    "bench":  ("export", "measure key-to-pixels latency, frames per second and memory"),
     "eval":   ("evaluation", "measure a world model beside copying and beside the real game"),
     "ablate": ("ablation", "train every loss and every quantizer of a tokenizer at equal steps"),
     "quantize": ("quantization", "write a world model in 8 or 4 bits, and measure what that costs"),

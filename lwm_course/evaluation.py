@@ -14,7 +14,7 @@ __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'ENCODER_CARD', 'SECOND', 'HORIZONS', '
            'still_for', 'collapse', 'long_play', 'lasting', 'long_figures', 'Effort', 'measure', 'figure_table',
            'beside', 'strip', 'h264', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'eval_world',
            'run_eval', 'peak_memory_gb', 'memory_gb', 'opening', 'latencies', 'bench_command', 'soak_figures',
-           'speed_figures', 'bench_tokenizer', 'run_bench']
+           'speed_figures', 'bench_tokenizer', 'load_for_bench', 'run_bench']
 
 # %% ../nbs/08_evaluation.ipynb #62856aac
 import functools
@@ -1316,8 +1316,13 @@ def bench_tokenizer(args, tokenizer: Tokenizer) -> list[course.Figure]:
     return [*figures, course.Figure("parameters", numbers, "", 1), course.Figure("peak_memory_gb", peak_memory_gb(), "GB", 1)]
 
 # %% ../nbs/08_evaluation.ipynb #62df1f1d
-def run_bench(args) -> None:
-    "`lwm bench`: latency, frames per second and memory, in this machine's own dtype and in float32."
+def load_for_bench(args) -> WorldModel:
+    "The model that the options name."
+    return untrained(args.size).ready() if args.size else WorldModel.from_pretrained(args.model)
+
+
+def run_bench(args, load: Callable = load_for_bench, own: str | None = None) -> None:   # own: dtype; None: the machine's
+    "`lwm bench`: latency, frames per second and memory, in one dtype and in float32."
     if args.frames < 1 or min(args.players) < 1: raise ValueError("--frames and --players must be at least 1")
     if args.soak < 0: raise ValueError(f"--soak must not be negative, got {args.soak}")
     if not args.size and is_tokenizer(args.model):
@@ -1326,12 +1331,12 @@ def run_bench(args) -> None:
         if args.json: course.save_results(args.json, args.line, figures, args.seed)
         return
     begin = time.perf_counter()
-    wm = untrained(args.size).ready() if args.size else WorldModel.from_pretrained(args.model)
+    wm = load(args)
     game = wm.games[0] if args.game is None else wm.games[wm.game_index(args.game)]
     clip, keys = opening(wm, game)
     wm.step(wm.start(clip[None], keys[None], game), [0])
     started = time.perf_counter() - begin
-    figures, own = [], str(training.dtype("auto", "auto")).removeprefix("torch.")
+    figures, own = [], own or str(training.dtype("auto", "auto")).removeprefix("torch.")
     def add(name, value, unit, source): figures.append(course.Figure(name, float(value), unit, 1, source=source, game=game))
     add("load_s", started, "s", "load the model and show the first frame, imports not counted")
     for kind, players in [(own, p) for p in args.players] + [("float32", 1)] * (own != "float32"):

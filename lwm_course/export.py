@@ -6,7 +6,8 @@
 __all__ = ['GRAPHS', 'TARGETS', 'seats', 'Seats', 'busy_places', 'BusyHistories', 'Graph', 'RouteGraph', 'TrunkGraph',
            'HeadGraph', 'graphs', 'Backend', 'Parity', 'key_presses', 'logits_apart', 'parity', 'example',
            'input_names', 'write_onnx', 'OnnxRuntime', 'OpenVino', 'shapes_of', 'checked', 'source_hash', 'file_hash',
-           'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'export_command', 'run_export']
+           'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'export_command', 'run_export', 'bench_command',
+           'bench']
 
 # %% ../nbs/14_export.ipynb #exp00005
 import hashlib, json, logging, tempfile, time, warnings
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import course
+from . import course, evaluation
 from .dynamics import Dynamics, Memory, PlayState, WorldModel
 from .evaluation import opening
 from .ssm import Mamba2
@@ -554,3 +555,18 @@ def run_export(args) -> int:
     _, trials = fastest(wm, [Path(args.out) / target for target in args.target])
     print(course.Table(map(asdict, trials)))
     return int(not all(row["passed"] for row in rows))
+
+# %% ../nbs/14_export.ipynb #exp00061
+def bench_command(parser) -> None:
+    "Options of `lwm bench`: those of chapter 08, and an engine."
+    evaluation.bench_command(parser)
+    parser.add_argument("--engine", metavar="FOLDER", help="play by this engine, which `lwm export` wrote of the same model")
+    parser.set_defaults(run=bench)
+
+
+def bench(args) -> None:
+    "`lwm bench`, by PyTorch or by an exported engine."
+    if not args.engine: return evaluation.run_bench(args)
+    if args.size: raise ValueError("--engine was exported from a model with weights: leave out --size")
+    load = lambda args: load_backend(WorldModel.from_pretrained(args.model, "cpu", "float32"), args.engine)
+    evaluation.run_bench(args, load, own="float32")
