@@ -366,10 +366,11 @@ class OnnxRuntime:
 
     @staticmethod
     def load(file: Path) -> Callable:   # arrays -> arrays
-        "A session of as many threads as torch has."
+        "A session of as many threads as torch has. They do not spin while they wait: torch's, which take turns with them, would starve."
         engine = course.require("onnxruntime", extra="export")
         options = engine.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = engine.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         names = [node.name for node in session.get_inputs()]
         return lambda arrays: session.run(None, dict(zip(names, arrays)))
