@@ -702,7 +702,7 @@ class _Chooses(_Starts):
         "Embedding (B, h, w, E) and copy logit (B, h, w) of the next tokens, guided by the key."
         ask = lambda key: self.dynamics.predict(*(x[:, None] for x in (state.features, state.active, known, key)), state.game)
         out, gate = ask(action)
-        if guidance != 1: out, gate = map(lambda free, own: free + guidance * (own - free), ask(action * 0 - 1), (out, gate))
+        if guidance != 1: out, gate = map(lambda free, own: free + guidance * (own - free), ask(torch.full_like(action, -1)), (out, gate))
         return out[:, 0], gate[:, 0]
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ __all__ = ['GRAPHS', 'TARGETS', 'seats', 'Seats', 'busy_places', 'BusyHistories'
            'bench']
 
 # %% ../nbs/14_export.ipynb #exp00005
-import hashlib, json, logging, tempfile, time, warnings
+import hashlib, json, logging, tempfile, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import course, evaluation
 from .dynamics import Dynamics, Memory, PlayState, WorldModel
-from .evaluation import opening
+from .evaluation import latencies, opening
 from .ssm import Mamba2
 from .tokenizer import tiles_of
 
@@ -52,6 +52,7 @@ class Seats:
         player, self.taken = torch.arange(self.frames, device=slots.device)[:, None], slots < places
         self.frame = player.expand(self.shape).flatten()                     # (B * K,)
         self.place = torch.where(self.taken, slots, 0).flatten()
+        self.here = self.frame * places + self.place            # in (B, P); an empty seat's is place 0
         self.at = (player * (places + 1) + slots).flatten()     # in (B, P + 1): nobody's rows go to the last
 
     def by_frame(self, x: Tensor) -> Tensor:   # (B * K, ...) -> (B, K, ...), zeros on empty seats
@@ -69,7 +70,7 @@ class Seats:
 
     def collect(self, x: Tensor) -> Tensor:    # (B, P, ...) -> (B * K, ...)
         "The rows of the seats; an empty one repeats place 0."
-        return x.flatten(0, 1)[self.frame * self.places + self.place]
+        return x.flatten(0, 1)[self.here]
 
 # %% ../nbs/14_export.ipynb #exp00014
 def busy_places(active: Tensor,   # bool (B, P)
@@ -96,8 +97,7 @@ class BusyHistories:
     def fade(self, layer: Mamba2, state: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         "The state of all places (B, P, ...): `after` (B * Q, ...) of the busy ones; of the others what is left."
         keep = torch.exp(-F.softplus(layer.dt_bias) * torch.exp(layer.A_log))[:, None, None]
-        at = self.busy.frame * self.rows.places + self.busy.place
-        put = lambda old, new: old.flatten(0, 1).index_put((at,), new).view_as(old)
+        put = lambda old, new: old.flatten(0, 1).index_put((self.busy.here,), new).view_as(old)
         return put(torch.zeros_like(state[0]), after[0]), put(state[1] * keep, after[1])
 
 # %% ../nbs/14_export.ipynb #exp00017
@@ -340,15 +340,18 @@ def input_names(graph: str, tensors: int) -> list[str]:   # a name of `GRAPHS`, 
     return names + [f"state_{i}" for i in range(tensors - len(names))]
 
 # %% ../nbs/14_export.ipynb #exp00033
-def write_onnx(wm: WorldModel, folder: Path) -> dict[str, Path]:
+def write_onnx(run: dict[str, nn.Module],   # of `graphs`
+               given: dict[str, tuple],     # of `example`
+               folder: Path
+               ) -> dict[str, Path]:
     "An ONNX file for each graph."
     course.require("onnxscript", extra="export")
-    backend, files = Backend(wm, graphs(wm)), {}
+    files = {}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)              # it misses torchvision, which is not needed
-    for name, (inputs, axes) in example(wm, backend).items():
+    for name, (inputs, axes) in given.items():
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(backend.run[name], inputs, dynamo=True, dynamic_shapes=axes, verbose=False,
+            program = torch.onnx.export(run[name], inputs, dynamo=True, dynamic_shapes=axes, verbose=False,
                                         input_names=input_names(name, len(inputs)))
         files[name] = Path(folder) / f"{name}.onnx"
         program.save(files[name], external_data=False)
@@ -446,9 +449,10 @@ def export(wm: WorldModel,        # in float32, on the CPU
     "Write the graphs for engines, each with a manifest; load them again, and compare their play."
     engines = {target: TARGETS[course.nearest(target, TARGETS, what="target")] for target in targets}
     for package in sum((engine.packages for engine in engines.values()), ()): course.require(package, extra="export")
-    shapes, manifests = {name: shapes_of(*given) for name, given in example(wm, Backend(wm, graphs(wm))).items()}, {}
+    given = example(wm, Backend(wm, run := graphs(wm)))
+    shapes, manifests = {name: shapes_of(*of) for name, of in given.items()}, {}
     with tempfile.TemporaryDirectory() as room:
-        onnx = write_onnx(wm, Path(room))
+        onnx = write_onnx(run, given, Path(room))
         opset = course.require("onnx", extra="export").load(onnx["head"]).opset_import[0].version
         for target, engine in engines.items():
             (folder := Path(out) / target).mkdir(parents=True, exist_ok=True)
@@ -499,18 +503,13 @@ class Trial:
 # %% ../nbs/14_export.ipynb #exp00048
 def frame_ms(wm: WorldModel,    # or a backend
              game: str,
-             seconds: float,    # to measure, after five frames of warm-up
+             seconds: float,    # to measure, about; a few frames before them say how many that will be
              seed: int = 0      # of the keys
              ) -> float:
     "Median milliseconds from a key to its frame, memory included."
-    clip, actions = opening(wm, game)
-    state, times, keys = wm.start(clip[None], actions[None], game), [], key_presses(len(wm.actions(game)), 1000, seed)
-    while len(times) < 10 or (sum(times) < seconds and len(times) < len(keys)):
-        begin = time.perf_counter()
-        frame, state = wm.step(state, [keys[len(times)]])
-        frame.numpy()
-        times.append(time.perf_counter() - begin)
-    return 1000 * float(np.median(times[5:]))
+    few = latencies(wm, game, 5, warmup=5, seed=seed)
+    more = round(1000 * seconds / np.median(few))
+    return float(np.median(latencies(wm, game, min(max(more, 5), 1000), warmup=5, seed=seed)))
 
 # %% ../nbs/14_export.ipynb #exp00049
 def fastest(wm: WorldModel,                  # float32, on the CPU
