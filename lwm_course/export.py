@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from . import course, evaluation
 from .dynamics import Dynamics, Memory, PlayState, WorldModel
 from .evaluation import latencies, opening
+from .motion import STAYED
 from .ssm import Mamba2
-from .tokenizer import tiles_of
 
 # %% ../nbs/14_export.ipynb #exp00008
 def seats(active: Tensor,    # bool (B, P), as in `PlayState`
@@ -106,7 +106,7 @@ class Graph(nn.Module):
     def __init__(self, net: Dynamics):
         super().__init__()
         self.net, self.places = net, net.config.positions + 1
-        self.register_buffer("reading", net.reading().detach(), persistent=False)
+        for name, table in (("reading", net.reading()), ("ways", net.ways())): self.register_buffer(name, table.detach(), persistent=False)
 
 
 class RouteGraph(Graph):
@@ -126,15 +126,18 @@ class RouteGraph(Graph):
 # %% ../nbs/14_export.ipynb #exp00018
 class TrunkGraph(Graph):
     "Read a frame into memory."
-    inputs, outputs = ("recent", "tokens", "means", "slots", "busy", "action", "game", "states"), ("features", "next")
+    inputs = "recent", "tokens", "moved", "means", "slots", "busy", "action", "game", "states"
+    outputs = "features", "next"
 
-    def near(self, frame: Tensor, rows: Seats) -> Tensor:   # (B, h, w) -> (B, K-1, side² * E)
-        "The tokens at the position of each seat but the first, and around it."
-        frame = F.pad(frame, (self.net.config.reach,) * 4, value=self.net.mask).flatten(1)
+    def near(self, frame: Tensor, table: Tensor, rows: Seats, margin: int) -> Tensor:   # (B, h, w) -> (B, K-1, side² * C)
+        "The tokens at the position of each seat but the first, and around it, as rows of a table."
+        frame = F.pad(frame, (self.net.config.reach,) * 4, value=margin).flatten(1)
         window = self.net.windows[rows.place.view(rows.shape)[:, 1:]]
-        return F.embedding(frame.gather(1, window.flatten(1)).view(window.shape), self.reading).flatten(2)
+        return F.embedding(frame.gather(1, window.flatten(1)).view(window.shape), table).flatten(2)
 
-    def forward(self, recent, tokens, means,         # as of `RouteGraph`
+    def forward(self, recent, tokens,                # as of `RouteGraph`
+                moved,                               # (B, h, w), of `Shifts.came`
+                means,                               # of `RouteGraph`
                 slots, busy,                         # from `seats`, `busy_places`
                 action, game,                        # (B,)
                 *states: Tensor                      # of each block: window (B, P, k-1, channels), state (B, P, H, P', S)
@@ -143,7 +146,8 @@ class TrunkGraph(Graph):
         net, rows, after = self.net, Seats(slots, self.places), []
         histories, condition = BusyHistories(rows, busy), net.condition(action[:, None], game)[:, 0]
         whole = net.overview(F.adaptive_avg_pool2d(means, 4).flatten(1))
-        near = net.enter(self.near(tokens, rows)) + net.enter_before(self.near(recent[:, -1], rows))
+        seen = lambda frame: self.near(frame, self.reading, rows, net.mask)
+        near = net.enter(seen(tokens)) + net.enter_before(seen(recent[:, -1])) + net.enter_motion(self.near(moved, self.ways, rows, STAYED))
         x = net.place[rows.place] + torch.cat([whole[:, None], near], 1).flatten(0, 1)
         for i, (block, bias) in enumerate(zip(net.trunk, net.trunk_offsets(rows))):
             state = states[2 * i:2 * i + 2]
@@ -155,7 +159,7 @@ class TrunkGraph(Graph):
 class HeadGraph(Graph):
     "Answer a key: the next tokens, most likely ones, in one pass."
     inputs = "features", "slots", "tokens", "action", "game", "codes", "names", "bias"
-    outputs = "next", "gate", "out"
+    outputs = "next", "by", "gate", "out"
 
     def __init__(self, net: Dynamics):
         super().__init__(net)
@@ -166,22 +170,25 @@ class HeadGraph(Graph):
                 codes: Tensor,   # (C,)
                 names: Tensor,   # (C, E)
                 bias: Tensor     # (B, C), very low where a player's game does not own the code
-                ) -> tuple[Tensor, Tensor, Tensor]:   # tokens (B, h, w); copy logits (B, K-1, group²) and embeddings of seats
+                ) -> tuple[Tensor, ...]:   # tokens, shifts (B, h, w), -1: none; copy logits (B, K-1, group²) and embeddings of seats
         "`Dynamics.predict` and `WorldModel.choose`."
         net, rows = self.net, Seats(slots, self.places)
         x = net.again(rows.collect(features)).unflatten(0, rows.shape)
         x = torch.cat([x[:, :1], x[:, 1:] + self.unknown], 1).flatten(0, 1)
         condition = net.condition(action[:, None], game)[:, 0]
         for block, offsets in zip(net.head, net.head_offsets(rows)): x, _ = block(x, condition, offsets, rows)
-        out = net.leave(x.unflatten(0, rows.shape)[:, 1:]).unflatten(-1, (-1, net.config.token_width))
-        gate = net.gate(out)[..., 0]
+        out, E = net.leave(x.unflatten(0, rows.shape)[:, 1:]).unflatten(-1, (-1, 2 * net.config.token_width)), net.config.token_width
+        gate = net.gate(out[..., :E])[..., 0]
         change = (gate < 0) & rows.taken[:, 1:, None]
         chosen = F.pad(change.flatten().nonzero().flatten(), (1, 0))         # the first is the row too many
         player = chosen // change[0].numel()
-        fit = F.linear(out.flatten(0, 2)[chosen], names) + bias[player]
+        own = out.flatten(0, 2)[chosen]
+        fit, origin = F.linear(own[:, :E], names) + bias[player], net.likeliest(net.origins(own))
+        by = torch.where(origin < net.shift.out_features - 1, origin, -1)
         cell = net.cells[rows.place.view(rows.shape)[:, 1:]].flatten()[chosen] + player * tokens[0].numel()
         film, where = F.pad(tokens.flatten(), (1, 0)), F.pad(cell[1:] + 1, (1, 0))
-        return film.scatter(0, where, codes[fit.argmax(-1)])[1:].view_as(tokens), gate, out
+        put = lambda film, new: film.scatter(0, where, new)[1:].view_as(tokens)
+        return put(film, codes[fit.argmax(-1)]), put(torch.full_like(film, -1), by), gate, out
 
 # %% ../nbs/14_export.ipynb #exp00021
 GRAPHS = {"head": HeadGraph, "route": RouteGraph, "trunk": TrunkGraph}
@@ -204,7 +211,7 @@ class _Answers(WorldModel):
                  name: str = "torch"         # for people
                  ):
         super().__init__(wm.tokenizer, wm.dynamics, wm.folder)
-        self.eval().run, self.name, self._vocabularies, self._tiles = run, name, {}, None
+        self.eval().run, self.name, self._vocabularies = run, name, {}
 
     def vocabulary(self, game: Tensor) -> tuple[Tensor, Tensor, Tensor]:   # as `HeadGraph` takes them
         "What the players' tokens are named by; made once for each set of games."
@@ -216,7 +223,7 @@ class _Answers(WorldModel):
             self._vocabularies[key] = codes, name[:, :-1].contiguous(), bias
         return self._vocabularies[key]
 
-    def answer(self, state: PlayState, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def answer(self, state: PlayState, action: Tensor) -> tuple[Tensor, ...]:
         "What the head's graph gives."
         own = state.features, seats(state.active), state.tokens, action, state.game
         return self.run["head"](*own, *self.vocabulary(state.game))
@@ -224,38 +231,22 @@ class _Answers(WorldModel):
     @torch.inference_mode()
     def next_tokens(self, state, action, temperature=0.0, refine=1, guidance=1.0):
         "As in `WorldModel`."
-        if (temperature, refine, guidance) == (0, 1, 1): return self.answer(state, action)[0]
+        if (temperature, refine, guidance) == (0, 1, 1):
+            tokens, by, *_ = self.answer(state, action)
+            return self.bring(state, tokens, by), by
         return super().next_tokens(state, action, temperature, refine, guidance)
 
 # %% ../nbs/14_export.ipynb #exp00024
 class Backend(_Answers):
     "A world model whose graphs are run by an engine."
-    @property
-    def tiles(self) -> Tensor:   # uint8 (codebook, patch, patch, 3)
-        "The pixels of every token of a dictionary."
-        if self._tiles is None:
-            (h, w), count = self.tokenizer.grid, self.tokenizer.codebook_size
-            tokens = F.pad(torch.arange(count), (0, -count % (h * w))).view(-1, h, w)
-            self._tiles = tiles_of(self.tokenizer.decode(tokens), self.tokenizer.config.patch).flatten(0, 2)[:count].contiguous()
-        return self._tiles
-
-    @torch.inference_mode()
-    def show(self, state: PlayState, tokens: Tensor) -> Tensor:   # uint8 (B, H, W, 3)
-        "As in `WorldModel`; where a token is a patch, only those that change are painted."
-        if self.tokenizer.config.quantizer != "dictionary": return super().show(state, tokens)
-        pixels, (h, w) = state.pixels.clone(), self.tokenizer.grid
-        player, y, x = (tokens != state.tokens).nonzero().unbind(1)
-        pixels.unflatten(2, (w, -1)).unflatten(1, (h, -1))[player, y, :, x] = self.tiles[tokens[player, y, x]]
-        return pixels
-
     @torch.inference_mode()
     def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
         "As in `WorldModel`."
         recent, blocks = state.memory.recent, state.memory.blocks
         active, means = self.run["route"](recent, tokens, action, state.game)
         states = [part.unflatten(0, (state.players, -1)) for block in blocks for part in block]
-        slots, busy = seats(active), busy_places(active, states[0])
-        features, *states = self.run["trunk"](recent, tokens, means, slots, busy, action, state.game, *states)
+        slots, busy, moved = seats(active), busy_places(active, states[0]), self.came(pixels, state.pixels, tokens != state.tokens)
+        features, *states = self.run["trunk"](recent, tokens, moved, means, slots, busy, action, state.game, *states)
         states = [part.flatten(0, 1) for part in states]
         memory = Memory(list(zip(states[::2], states[1::2])), torch.cat([recent[:, 1:], tokens[:, None]], 1))
         return replace(state, memory=memory, features=features, active=active, tokens=tokens, pixels=pixels,
@@ -285,11 +276,11 @@ def key_presses(actions: int, steps: int, seed: int = 0) -> list[int]:   # of so
 def logits_apart(wm: WorldModel, backend: Backend, state: PlayState, action: Tensor) -> tuple[float, float]:
     "The largest difference of copy logits, and of how well each code of the game fits (a share), where both compute them."
     out, gate = wm.head(state, action, torch.full_like(state.tokens, wm.dynamics.mask))
-    _, own_gate, own_out = backend.answer(state, action)
+    *_, own_gate, own_out = backend.answer(state, action)
     slots, (_, names, bias) = seats(state.active)[:, 1:], backend.vocabulary(state.game)
     player, seat = (slots < wm.dynamics.config.positions).nonzero().unbind(1)
     cells = wm.dynamics.cells[slots[player, seat]]
-    named = lambda out: F.linear(out, names)
+    named = lambda out: F.linear(out[..., :names.shape[1]], names)
     gates = gate.flatten(1)[player[:, None], cells] - own_gate[player, seat]
     fits, own_fits = named(out.flatten(1, 2)[player[:, None], cells]), named(own_out[player, seat])
     if not gates.numel(): return 0.0, 0.0
@@ -330,8 +321,8 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
         "head": (clone(state.features, slots, state.tokens, *after, *backend.vocabulary(state.game)),
                  (players, at, players, players, players, {0: codes}, {0: codes}, {0: players[0], 1: codes})),
         "route": (clone(recent, state.tokens, *after), (players,) * 4),
-        "trunk": (clone(recent, state.tokens, means, slots, busy_places(state.active, states[0]), *after, *states),
-                  (players, players, players, at, {0: players[0], 1: busy}, players, players, every))}
+        "trunk": (clone(recent, state.tokens, state.tokens * 0, means, slots, busy_places(state.active, states[0]), *after, *states),
+                  (players, players, players, players, at, {0: players[0], 1: busy}, players, players, every))}
 
 
 def input_names(graph: str, tensors: int) -> list[str]:   # a name of `GRAPHS`, how many it takes

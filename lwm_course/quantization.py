@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from . import course, data, training
-from .dynamics import Dynamics, DynamicsConfig, Memory, PlayState, WorldModel, dynamics_loss, evaluate, of_clip
+from . import course, data, motion, training
+from .dynamics import SURE, Dynamics, DynamicsConfig, Memory, PlayState, WorldModel, dynamics_loss, evaluate, of_clip
 from .evaluation import tokenizer_figures
 from .tokenizer import Tokenizer, TokenizerConfig
 
@@ -146,6 +146,7 @@ class Packed:
 class Context:
     "Tokens that a model reads, and the keys that were held."
     tokens: Tensor    # (B, T + 1, h, w), of frames
+    moved: Tensor     # (B, T + 1, h, w), how they came
     actions: Tensor   # (B, T), the key held between two of them
     game: Tensor      # (B,)
 
@@ -158,14 +159,13 @@ class Context:
         frames = min(frames, *(len(clip) for clip, _ in found))
         film = np.stack([clip[-frames:] for clip, _ in found])
         keys = np.stack([keys[len(keys) - frames + 1:] for _, keys in found])
-        tokens = wm.tokenizer.encode(film.reshape(-1, *film.shape[2:])).unflatten(0, film.shape[:2])
-        return cls(tokens, torch.from_numpy(keys).long(), torch.tensor([wm.game_index(game) for game in games]))
+        return cls(*wm.read(torch.from_numpy(film)), torch.from_numpy(keys).long(), torch.tensor([wm.game_index(game) for game in games]))
 
     @torch.inference_mode()
-    def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, E), (B, T, h, w)
+    def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
         "What a network says of each next frame: embeddings of its tokens, and copy logits."
         came_by = F.pad(self.actions, (1, 0))[:, :-1]
-        features, active, _, _ = model.look(self.tokens[:, :-1], came_by, self.game, remember=False)
+        features, active, _, _ = model.look(self.tokens[:, :-1], self.moved[:, :-1], came_by, self.game, remember=False)
         return model.predict(features, active, torch.full_like(self.tokens[:, :-1], model.mask), self.actions, self.game)
 
 # %% ../nbs/13_quantization.ipynb #q13c034
@@ -186,7 +186,9 @@ def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Te
     seen, layers = {}, busy_layers(model)
     def keep(name): return lambda layer, args: seen.update({name: args[0].detach().flatten(0, -2)})
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    try: context.ask(model)
+    try:
+        out, gate = context.ask(model)
+        with torch.inference_mode(): model.origins(out[gate != SURE])
     finally:
         for hook in hooks: hook.remove()
     return {name: x[torch.linspace(0, len(x) - 1, min(most, len(x))).long()].clone() for name, x in seen.items()}
@@ -414,10 +416,13 @@ def divergence(reference: Dynamics,   # whose answers count as right
     (out, gate), (out2, gate2) = context.ask(reference), context.ask(other)
     apart = lambda sign: F.logsigmoid(sign * gate) - F.logsigmoid(sign * gate2)
     change, off = gate < 0, gate.sigmoid() * apart(1) + gate.neg().sigmoid() * apart(-1)
-    names = [model.names(x[change], of_clip(context.game, change)) for model, x in ((reference, out), (other, out2))]
-    for (rows, _, fit), (_, _, fit2) in zip(*names):
-        kl = F.kl_div(fit2.log_softmax(-1), fit.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        off[change] += torch.zeros(len(out[change])).index_copy(0, rows, kl) * gate[change].neg().sigmoid()
+    kl = lambda right, own: F.kl_div(own, right, reduction="none", log_target=True).sum(-1)
+    both = [(model, x[change]) for model, x in ((reference, out), (other, out2))]
+    origins = [model.origins(x) for model, x in both]
+    into = kl(*origins)
+    for (rows, _, fit), (_, _, fit2) in zip(*(model.names(x, of_clip(context.game, change)) for model, x in both)):
+        into[rows] += origins[0][rows, -1].exp() * kl(fit.log_softmax(-1), fit2.log_softmax(-1))
+    off[change] += into * gate[change].neg().sigmoid()
     return (off.sum() / gate[..., 0, 0].numel()).item()
 
 # %% ../nbs/13_quantization.ipynb #q13c066
@@ -467,8 +472,9 @@ def drift(wm: WorldModel,           # the reference, played in float32
     found, away = {"state": [], "features": [], "tokens": []}, lambda x, y: ((x - y).norm() / x.norm()).item()
     for key in tqdm(keys, desc="drift", unit="frame", leave=False):
         key = wm.keys(a, [key])
-        tokens, others = wm.next_tokens(a, key), other.next_tokens(b, key)
-        a, b = wm.commit(a, tokens, key, a.pixels), other.commit(b, tokens if same else others, key, b.pixels)
+        (tokens, by), (others, from_) = wm.next_tokens(a, key), other.next_tokens(b, key)
+        seen = tokens, key, wm.show(a, tokens, by)
+        a, b = wm.commit(a, *seen), other.commit(b, *(seen if same else (others, key, other.show(b, others, from_))))
         if keep: b = keep(b)
         both = a.active & b.active
         found["state"].append(away(*(torch.cat([block[1].flatten() for block in s.memory.blocks if block]) for s in (a, b))))
@@ -510,18 +516,16 @@ def clip_batches(wm: WorldModel,
                  batch: int = 8, split: str = "train", seed: int = 0
                  ) -> Callable:              # step -> batch, as `dynamics_loss` takes it
     "Batches of play for a touch of training: too short to encode whole recordings for it."
-    parts = []
+    pool = []
     for game in games:
-        found = data.clips(folder, [game], length + 2, wm.frame_size[0], each, split, seed)
-        tokens = torch.stack([wm.tokenizer.encode(film[1:]) for film in found["frames"]])
-        busy = (tokens[:, 1:] != tokens[:, :-1]).sum((2, 3)).float().mean().clamp_min(1)
-        parts.append({"tokens": tokens, "actions": torch.from_numpy(found["actions"]),
-                      "game": torch.full((each,), wm.game_index(game)), "weight": (1 / busy).expand(each)})
-    pool = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    def at(step):
-        rows = torch.from_numpy(np.random.default_rng([seed, step]).integers(len(pool["game"]), size=batch))
-        return {name: values[rows] for name, values in pool.items()}
-    return at
+        found, own = data.clips(folder, [game], length + 2, wm.frame_size[0], each, split, seed), []
+        for frames, actions in zip(map(torch.from_numpy, found["frames"]), found["actions"]):
+            tokens = wm.tokenizer.encode(frames)
+            episode = {"tokens": tokens.cpu().numpy(), "actions": np.pad(actions, (1, 0)), **motion.explain(wm.motion, frames, tokens)}
+            own.append(motion.clip_of(episode, 1, length))
+        busy = max(np.mean([len(clip["where"]) / length for clip in own]), 1)
+        pool += [clip | {"game": np.array(wm.game_index(game)), "weight": np.float32(1 / busy)} for clip in own]
+    return lambda step: motion.batch_of([pool[i] for i in np.random.default_rng([seed, step]).integers(len(pool), size=batch)])
 
 # %% ../nbs/13_quantization.ipynb #q13c089
 def finetune(wm: WorldModel,

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from . import course, data, training
-from .dynamics import (DYNAMICS_SIZES, NANO_GAMES, Dynamics, DynamicsConfig, Recipe, TokenClips, WorldModel, dynamics_loss,
-                                 evaluate, print_figures, tokenize)
+from .dynamics import (DYNAMICS_SIZES, NANO_GAMES, Dynamics, DynamicsConfig, Recipe, WorldModel, dynamics_loss, evaluate,
+                                 print_figures)
+from .motion import TokenClips, tokenize
 from .tokenizer import PLACED, QUANTIZERS, TOKENIZER_SIZES, Tokenizer, TokenizerConfig, data_hash, train_tokenizer
 
 # %% ../nbs/recipe.ipynb #5b5a7393

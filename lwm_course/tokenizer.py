@@ -606,30 +606,32 @@ class Tokenizer(Autoencoder):
 
     @torch.inference_mode()
     def encode(self, frames: Tensor | np.ndarray) -> Tensor:  # uint8 (B, H, W, 3) -> int64 (B, h, w)
-        "The tokens of frames. Equal patches have equal tokens, so each different one is encoded once."
+        "The tokens of frames."
+        check_frames(frames := torch.as_tensor(frames), self.frame_size)
+        tiles = tiles_of(frames.to(self._where[0]), self.config.patch)
+        return self.encode_patches(tiles.flatten(0, 2)).view(tiles.shape[:3])
+
+    @torch.inference_mode()
+    def encode_patches(self, tiles: Tensor) -> Tensor:  # uint8 (n, patch, patch, 3) -> int64 (n,)
+        "Equal patches have equal tokens, so each different one is encoded once."
         self._needs_tokens()
-        frames, (device, dtype), patch = torch.as_tensor(frames), self._where, self.config.patch
-        check_frames(frames, self.frame_size)
-        tiles = tiles_of(frames.to(device), patch)
-        different, which = distinct(tiles.reshape(-1, patch, patch, 3))
-        parts = different.split(8192) if len(different) else ()
-        tokens = [which[:0], *(self.quantizer(self.encoder(to_float(part).to(dtype)))[1].flatten() for part in parts)]
-        return torch.cat(tokens)[which].view(tiles.shape[:3])
+        different, which = distinct(tiles)
+        encode = lambda part: self.quantizer(self.encoder(to_float(part).to(self._where[1])))[1].flatten()
+        return torch.cat([which[:0], *(encode(part) for part in different.split(8192) if len(part))])[which]
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor | np.ndarray) -> Tensor:  # int64 (B, h, w) -> uint8 (B, H, W, 3)
         "The frames that tokens stand for."
         self._needs_tokens()
-        tokens, (device, dtype) = torch.as_tensor(tokens), self._where
-        check_tokens(tokens, self.grid, self.codebook_size)
-        return to_uint8(self.decoder(self.quantizer.code(tokens.to(device)).to(dtype)))
+        check_tokens(tokens := torch.as_tensor(tokens), self.grid, self.codebook_size)
+        return to_uint8(self.decoder(self.quantizer.code(tokens.to(self._where[0])).to(self._where[1])))
 
     @torch.inference_mode()
     def reconstruct(self, frames: Tensor | np.ndarray) -> Tensor:  # uint8 (B, H, W, 3) -> the same
         "`decode(encode(frames))`; without a quantizer the only way."
         if self.codebook_size: return self.decode(self.encode(frames))
-        frames, (device, dtype) = torch.as_tensor(frames), self._where
-        check_frames(frames, self.frame_size)
+        check_frames(frames := torch.as_tensor(frames), self.frame_size)
+        device, dtype = self._where
         return to_uint8(self.decoder(self.codes(to_float(frames.to(device)).to(dtype))[0].to(dtype)))
 
 # %% ../nbs/03_tokenizer.ipynb #bc377948

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'FREE', 'device', 'dtype', 'psnr', 'ssim', 'interval', 'Summary', 'to_float', 'to_uint8', 'changed_mask',
-           'changed_psnr', 'check_frames', 'check_tokens', 'TrainConfig', 'schedule', 'orthogonal', 'Muon',
-           'make_optimizer', 'EMA', 'step_seed', 'to_device', 'shard', 'batches', 'save_model', 'load_model',
-           'load_into', 'find_pretrained', 'is_tokenizer', 'push_folder', 'save_checkpoint', 'load_checkpoint',
-           'Workers', 'Run', 'Diverged', 'advance', 'save', 'restore', 'data_hash', 'write_ledger',
+           'changed_pixels', 'mse', 'changed_psnr', 'check_frames', 'check_tokens', 'TrainConfig', 'schedule',
+           'orthogonal', 'Muon', 'make_optimizer', 'EMA', 'step_seed', 'to_device', 'shard', 'batches', 'save_model',
+           'load_model', 'load_into', 'find_pretrained', 'is_tokenizer', 'push_folder', 'save_checkpoint',
+           'load_checkpoint', 'Workers', 'Run', 'Diverged', 'advance', 'save', 'restore', 'data_hash', 'write_ledger',
            'write_plain_ledger', 'plot_history', 'Progress', 'interruptible', 'validate', 'fit']
 
 # %% ../nbs/02_training.ipynb #e1016d73
@@ -81,8 +81,8 @@ def psnr(a,  # images (..., H, W, 3): uint8, or float in [0, 1]
     "Peak signal-to-noise ratio in dB over all pixels together; `inf` for equal images."
     a, b = _unit(a), _unit(b)
     if a.shape != b.shape: raise ValueError(f"Images of different shapes: {tuple(a.shape)} and {tuple(b.shape)}")
-    mse = (a - b).square().mean().item()
-    return math.inf if mse == 0 else -10 * math.log10(mse)
+    error = (a - b).square().mean().item()
+    return math.inf if error == 0 else -10 * math.log10(error)
 
 # %% ../nbs/02_training.ipynb #00df2292
 def ssim(a,  # images (..., H, W, 3): uint8, or float in [0, 1]; H and W at least 11
@@ -137,6 +137,23 @@ def changed_mask(frames: torch.Tensor,  # (B, 3, H, W), exact values: made from 
     changed = (frames != before).any(1, keepdim=True).float()
     return torch.nn.functional.max_pool2d(changed, 2 * reach + 1, 1, reach)
 
+
+def changed_pixels(frame: np.ndarray,   # uint8 (B, H, W, 3)
+                   before: np.ndarray,  # the frame before, of the same shape
+                   reach: int = 2       # pixels by which the region is grown
+                   ) -> np.ndarray:     # bool (B, H, W)
+    "Where a frame differs from the one before, and around it."
+    frame, before = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (frame, before))
+    return changed_mask(frame, before, reach)[:, 0].numpy() > 0
+
+
+def mse(a: np.ndarray,  # uint8 (B, H, W, 3)
+        b: np.ndarray   # of the same shape
+        ) -> np.ndarray:  # (B,)
+    "Mean squared error of each image, on a scale of colours from 0 to 1."
+    apart = np.subtract(a, b, dtype=np.int16).reshape(len(a), -1)
+    return np.einsum("ij,ij->i", apart, apart, dtype=np.int64) / (255 ** 2 * apart.shape[1])
+
 # %% ../nbs/02_training.ipynb #b85b0289
 def changed_psnr(output: torch.Tensor | np.ndarray,  # uint8 (B, H, W, 3)
                  true: torch.Tensor | np.ndarray,    # what it should be
@@ -145,8 +162,8 @@ def changed_psnr(output: torch.Tensor | np.ndarray,  # uint8 (B, H, W, 3)
     "PSNR over the pixels that differ from the frame before, grown by 2 pixels."
     true, before, output = (to_float(torch.as_tensor(x)) for x in (true, before, output))
     mask = changed_mask(true, before).expand_as(true).bool()
-    mse = ((output - true)[mask] / 2).square().mean().item()
-    return math.inf if mse == 0 else -10 * math.log10(mse)
+    error = ((output - true)[mask] / 2).square().mean().item()
+    return math.inf if error == 0 else -10 * math.log10(error)
 
 # %% ../nbs/02_training.ipynb #4134e3f2
 def check_frames(frames: torch.Tensor,        # what somebody calls frames

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lwm_course import course
+from lwm_course import course, motion
 from lwm_course.dynamics import Dynamics, DynamicsConfig, WorldModel
 from lwm_course.quantization import (SCHEMES, Context, Grid, Packed, RoundedLinear, Scheme, affine, balance, busy_layers, choose_wide,
                                      divergence, drift, file_bytes, finetune, grouped_rows, half, least_squares, load_quantized,
@@ -37,8 +37,7 @@ def wm():
 @pytest.fixture(scope="module")
 def context(wm):
     "What it reads."
-    tokens = wm.tokenizer.encode(FRAMES.reshape(-1, *FRAMES.shape[2:])).unflatten(0, FRAMES.shape[:2])
-    return Context(tokens, torch.ones(2, 5, dtype=torch.long), torch.tensor([0, 1]))
+    return Context(*wm.read(torch.as_tensor(FRAMES)), torch.ones(2, 5, dtype=torch.long), torch.tensor([0, 1]))
 
 
 # Grids
@@ -296,7 +295,9 @@ def test_drift_from_itself_is_nothing(monkeypatch):
 
 @pytest.mark.parametrize("name", ["int8-qat", "int4-qat"])
 def test_finetuning_leaves_a_plain_model(wm, context, name):
-    batch = {"tokens": context.tokens, "actions": torch.ones(2, 6, dtype=torch.long), "game": context.game, "weight": torch.ones(2)}
+    episodes = [{"tokens": tokens.numpy(), "actions": np.ones(6, np.int64), **motion.explain(wm.motion, torch.as_tensor(frames), tokens)}
+                for tokens, frames in zip(context.tokens, FRAMES)]
+    batch = motion.batch_of([motion.clip_of(e, 0, 5) | {"game": np.array(i), "weight": np.float32(1)} for i, e in enumerate(episodes)])
     trained = finetune(wm, SCHEMES[name], lambda step: batch, steps=3)
     a, b = wm.dynamics.state_dict(), trained.dynamics.state_dict()
     assert a.keys() == b.keys() and any(not torch.equal(a[n], b[n]) for n in a)

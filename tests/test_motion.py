@@ -1,0 +1,150 @@
+"What moves: shifts are found wherever they are, kept beside the tokens, and clips of them are whole."
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lwm_course import data
+from lwm_course.motion import (ANY, FEW, MOVED, NEW, REACH, STAYED, Shifts, TokenClips, batch_of, clip_of, corrupt, explain, matches_of,
+                               ranks, read_tokens, shifts, tokenize)
+from lwm_course.tokenizer import Tokenizer
+
+PONG, FREEWAY = "ALE/Pong-v5", "ALE/Freeway-v5"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def noise(frames=1, side=256, seed=0):
+    "Pictures of which no two patches are alike, as a console would enlarge them."
+    drawn = np.random.default_rng(seed).integers(0, 256, (frames, min(side, 210), min(side, 160), 3), np.uint8)
+    return torch.from_numpy(data.resize(drawn, side))
+
+
+def film_of(frames=6, share=0.3, seed=0):
+    "Tokens of a still picture in which now and then a few change."
+    chance = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(40, (8, 1, 8, 8), generator=chance).repeat(1, frames, 1, 1)
+    hit = torch.rand(tokens.shape, generator=chance) < share * (torch.rand(8, frames, 1, 1, generator=chance) < 0.5)
+    return torch.where(hit, torch.randint(40, tokens.shape, generator=chance), tokens)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([64, 128, 256]), st.sampled_from([8, 16]), st.integers(0, 824), st.integers(0, 1000))
+def test_any_shift_of_any_size_is_found(side, patch, number, seed):
+    motion, frame, grid = Shifts(side, patch), noise(side=side), side // patch
+    inner = torch.zeros(1, grid, grid, dtype=torch.bool)
+    margin = -(-32 // patch)                                        # beside the border it is repeated: there two shifts are alike
+    inner[:, margin:-margin, margin:-margin] = torch.rand((1, *inner[0, margin:-margin, margin:-margin].shape), generator=torch.Generator().manual_seed(seed)) < 0.3
+    by = torch.where(inner, number, -1)
+    shown = motion.paste(frame, motion.patches(frame, by), inner)
+    found = motion.matches(shown, frame, inner)
+    assert (found[:, 0] == number).all() and (found[:, 1:] == -1).all()
+    assert torch.equal(motion.came(found, inner), torch.where(inner, MOVED + number, STAYED))
+
+
+def test_a_moving_object_is_a_shift_and_its_trace_bare_ground():
+    motion, before = Shifts(256, 8), np.zeros((210, 160, 3), np.uint8)
+    after = before.copy()
+    before[100:104, 80:82], after[97:101, 85:87] = 200, 200
+    before, after = (torch.from_numpy(data.resize(x, 256))[None] for x in (before, after))
+    tile = lambda x: x.unflatten(2, (32, 8)).unflatten(1, (32, 8))
+    changed = (tile(before) != tile(after)).any(-1).any(4).any(2)
+    moved = motion.came(motion.matches(after, before, changed), changed)
+    number = (shifts(REACH) == torch.tensor([3, -5])).all(1).nonzero().item()      # it has come from 3 rows below and 5 columns to the left
+    lit = (tile(after) > 0).any(-1).any(4).any(2)
+    assert lit.any() and (moved[lit] == MOVED + number).all() and (moved[changed & ~lit] == ANY).all() and (moved[~changed] == STAYED).all()
+
+
+def test_no_change_and_nothing_like_it():
+    motion, frame = Shifts(64, 8), noise(side=64)
+    nothing = torch.zeros(1, 8, 8, dtype=torch.bool)
+    assert motion.matches(frame, frame, nothing).shape == (0, FEW + 1)
+    assert (motion.came(motion.matches(noise(side=64, seed=1), frame, ~nothing), ~nothing) == NEW).all()
+
+
+@pytest.mark.parametrize("players", [1, 5])
+def test_frames_of_a_batch_do_not_touch_one_another(players):
+    motion, before, now = Shifts(64, 8), noise(players, 64), noise(players, 64, seed=1)
+    chance = torch.Generator().manual_seed(3)
+    by = torch.where(torch.rand(players, 8, 8, generator=chance) < 0.2, torch.randint(825, (players, 8, 8), generator=chance), -1)
+    now = motion.paste(now, motion.patches(before, by), by >= 0)
+    changed = torch.ones(players, 8, 8, dtype=torch.bool)
+    together = motion.came(motion.matches(now, before, changed), changed)
+    for i in range(players):
+        one = slice(i, i + 1)
+        assert torch.equal(together[one], motion.came(motion.matches(now[one], before[one], changed[one]), changed[one]))
+
+
+@given(st.lists(st.integers(0, 9), max_size=30))
+def test_ranks_count_within_a_number(values):
+    values = sorted(values)
+    assert ranks(torch.tensor(values, dtype=torch.long), 10).tolist() == [i - values.index(v) for i, v in enumerate(values)]
+
+
+def test_an_episode_and_its_clips_agree(tmp_path, repository):
+    tokenizer, samples = Tokenizer.from_pretrained("nano", "cpu", "float32"), repository / "data_samples"
+    path = data.episodes(samples, [PONG])[0]
+    short = tmp_path / "play" / path.parent.name / path.name
+    episode = data.read_episode(path)
+    cut = {name: getattr(episode, name)[:39] for name in ("actions", "rewards", "ends")}
+    data.write_episode(short, replace(episode, indices=episode.indices[:40], ram=None, **cut))
+    tokenize(tokenizer, tmp_path / "play", tmp_path / "tokens")
+    written = dict(np.load(tmp_path / "tokens" / path.parent.name / path.name))
+    frames = torch.from_numpy(data.resize(data.read_episode(short).frames, 256))
+    motion = Shifts(256, 8)
+    for start, length in ((0, 5), (7, 12), (20, 1)):
+        clip = clip_of(written, start, length)
+        film = frames[start:start + length + 1]
+        tokens = tokenizer.encode(film)
+        changed = tokens[1:] != tokens[:-1]
+        matches = motion.matches(film[1:], film[:-1], changed)
+        assert np.array_equal(clip["tokens"], tokens) and np.array_equal(clip["moved"][1:], motion.came(matches, changed))
+        assert np.array_equal(clip["matches"], matches[:, :FEW]) and np.array_equal(clip["where"], changed.flatten().nonzero()[:, 0])
+        batch = batch_of([{**clip, "game": np.array(i)} for i in (0, 1)])
+        assert torch.equal(matches_of(batch, torch.stack([changed] * 2)), torch.cat([matches[:, :FEW]] * 2))
+
+
+def test_corruption_keeps_to_its_level_and_to_the_tokens_of_the_batch():
+    torch.manual_seed(0)
+    tokens = film_of()
+    before = tokens.clone()
+    seen = corrupt(tokens, 0.8)
+    assert torch.equal(tokens, before) and torch.equal(corrupt(tokens, 0.0), tokens) and torch.isin(seen, tokens).all()
+    moved = torch.nn.functional.pad((tokens[:, 1:] != tokens[:, :-1]).float(), (1, 1, 1, 1, 1, 0))
+    near = torch.nn.functional.max_pool2d(moved, 3, 1) > 0
+    hit = seen != tokens
+    assert hit.any() and not hit[~near].any() and hit[near].float().mean() < 0.6     # only where something moves, at a mean level of 0.4
+
+
+def test_token_clips_are_the_same_for_the_same_step(tmp_path):
+    for seed in range(4):
+        split = data.split_of(seed)
+        path = data.episode_path(tmp_path, PONG, seed, "mixed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokens = np.arange(30, dtype=np.uint16)[:, None, None] + np.zeros((30, 8, 8), np.uint16)
+        found = explain(Shifts(64, 8), noise(1, 64).expand(30, -1, -1, -1), torch.from_numpy(tokens.astype(np.int64)))
+        with open(path, "wb") as file: np.savez(file, tokens=tokens, actions=np.arange(30), **found)
+    clips = TokenClips(tmp_path, [PONG], lengths=(4, 8), batch=2, split=split)
+    one, two = clips(1), clips(1)
+    assert one["tokens"].shape == (1, 9, 8, 8) and clips(2)["tokens"].shape == (2, 5, 8, 8)     # as many frames in every step
+    assert all(torch.equal(one[k], two[k]) for k in one) and any(not torch.equal(one["tokens"], clips(step)["tokens"]) for step in (3, 5, 7))
+    assert torch.equal(one["tokens"][:, :, 0, 0], one["actions"])          # the key that led to a frame stands beside it
+    with pytest.raises(ValueError, match=f"{PONG}.*40"): TokenClips(tmp_path, [PONG], lengths=(40,), split=split)
+    with pytest.raises(ValueError, match=FREEWAY): TokenClips(tmp_path, [FREEWAY], split=split)
+
+
+def test_damaged_and_old_tokens_are_named(tmp_path):
+    film = torch.randint(40, (5, 8, 8))
+    path = tmp_path / "00000000-mixed.npz"
+    whole = {"tokens": film.numpy().astype(np.uint16), "actions": np.zeros(5), **explain(Shifts(64, 8), noise(5, 64), film)}
+    np.savez(path, **whole)
+    assert np.array_equal(read_tokens(path)["tokens"], film)
+    content = path.read_bytes()
+    for kept in (0, 3, 100, len(content) // 2, len(content) - 5):
+        path.write_bytes(content[:kept])
+        with pytest.raises(ValueError, match="00000000-mixed.npz is damaged.*delete"): read_tokens(path)
+    np.savez(path, tokens=whole["tokens"], actions=whole["actions"])
+    with pytest.raises(ValueError, match="00000000-mixed.npz.*older version"): read_tokens(path)
+    with pytest.raises(ValueError, match="nothing.npz"): read_tokens(tmp_path / "nothing.npz")
