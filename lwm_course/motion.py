@@ -110,12 +110,14 @@ STAYED, NEW, ANY, MOVED = range(4)    # how a token came; MOVED + s: by shift s
 class _Candidates(_Patches):
     "A first look at which shifts may explain a change."
     def candidates(self, own: Tensor, before: Tensor, frame: Tensor, cell: Tensor) -> Tensor:   # bool (n, S)
-        "Which shifts give five of the patch's pixels."
+        "Which shifts give some of the patch's pixels: the middle, the corners, and the first and the last that is not like a corner."
         before, p = before.unflatten(1, (-1, self.width)), self.patch
         windows, fits = before.unfold(1, self.window[0], 1).unfold(2, self.window[1], 1), True
         row, column = self.inside // self.width - self.window[0] // 2, self.inside % self.width - self.window[1] // 2
-        for k in (p * (p // 2) + p // 2, 0, p * p - 1, p - 1, p * p - p):      # the middle, the corners
-            fits = fits & (windows[frame, row[cell, k], column[cell, k]].flatten(1) == own[:, k, None])
+        other = (own != own[:, :1]).byte()
+        odd = other.argmax(1), p * p - 1 - other.flip(1).argmax(1)
+        for k in (*odd, *(torch.full_like(cell, k) for k in (p * (p // 2) + p // 2, 0, p * p - 1, p - 1, p * p - p))):
+            fits = fits & (windows[frame, row[cell, k], column[cell, k]].flatten(1) == own.gather(1, k[:, None]))
         return fits[:, self.order]
 
 # %% ../nbs/06b_motion.ipynb #mot00051
