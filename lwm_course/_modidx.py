@@ -653,6 +653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lwm_course.export.OnnxRuntime.load': ('export.html#onnxruntime.load', 'lwm_course/export.py'),
                                    'lwm_course.export.OnnxRuntime.write': ('export.html#onnxruntime.write', 'lwm_course/export.py'),
                                    'lwm_course.export.OpenVino': ('export.html#openvino', 'lwm_course/export.py'),
+                                   'lwm_course.export.OpenVino.core': ('export.html#openvino.core', 'lwm_course/export.py'),
                                    'lwm_course.export.OpenVino.load': ('export.html#openvino.load', 'lwm_course/export.py'),
                                    'lwm_course.export.OpenVino.write': ('export.html#openvino.write', 'lwm_course/export.py'),
                                    'lwm_course.export.Parity': ('export.html#parity', 'lwm_course/export.py'),

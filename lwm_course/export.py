@@ -10,7 +10,7 @@ __all__ = ['GRAPHS', 'TARGETS', 'seats', 'Seats', 'busy_places', 'BusyHistories'
            'bench']
 
 # %% ../nbs/14_export.ipynb #exp00005
-import hashlib, json, logging, tempfile, warnings
+import functools, hashlib, json, logging, tempfile, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -375,6 +375,12 @@ class OpenVino:
     packages, suffix = ("onnx", "onnxscript", "openvino"), ".xml"
 
     @staticmethod
+    @functools.cache    # never freed: its plugin lends this thread a stack for signals, and another thread that freed it would take it
+    def core():
+        "OpenVINO's engine, one for the process."
+        return course.require("openvino", extra="export").Core()
+
+    @staticmethod
     def write(onnx: Path, file: Path) -> None:
         "Convert; the weights are in a second file, and stay float32."
         engine = course.require("openvino", extra="export")
@@ -383,10 +389,9 @@ class OpenVino:
     @staticmethod
     def load(file: Path) -> Callable:
         "A request of as many threads as torch has; float32, since a CPU that has bfloat16 would use it."
-        engine = course.require("openvino", extra="export")
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32",
                    "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        request = engine.compile_model(file, "CPU", options).create_infer_request()
+        request = OpenVino.core().compile_model(file, "CPU", options).create_infer_request()
         return lambda arrays: [np.array(x) for x in request.infer(arrays, share_inputs=True).values()]
 
 

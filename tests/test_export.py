@@ -1,5 +1,7 @@
 "Seats instead of rows, three graphs, and engines that play as PyTorch does."
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -203,3 +205,25 @@ def test_the_fastest_that_plays_alike_is_taken(small, folders, tmp_path, monkeyp
     monkeypatch.setattr(export, "load_backend", wrong)
     player, trials = fastest(small, [out/"onnx"], seconds=0.1, steps=3)
     assert player is small and trials[-1].ms is None and "not alike" in trials[-1].why
+
+
+def test_an_interrupt_after_an_engine_was_freed(tmp_path):
+    "OpenVINO's plugin lends the thread that loads it a stack for signals, and takes it away from the thread that frees it last."
+    script = """
+import gc, signal, sys, threading
+import numpy as np, openvino as ov
+from openvino import opset13 as ops
+from pathlib import Path
+from lwm_course.export import OpenVino
+x, file = ops.parameter([2, 2], np.float32), Path(sys.argv[1]) / "graph.xml"
+ov.save_model(ov.Model([ops.matmul(x, ops.constant(np.eye(2, dtype=np.float32)), False, False)], [x]), file)
+runs = [OpenVino.load(file)]
+print(runs[0]([np.ones((2, 2), np.float32)]))
+other = threading.Thread(target=lambda: (runs.clear(), gc.collect()))
+other.start()
+other.join()
+try: signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt: print("interrupted")
+"""
+    found = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0 and "interrupted" in found.stdout, (found.returncode, found.stderr)
