@@ -184,7 +184,7 @@ class HeadGraph(Graph):
         player = chosen // change[0].numel()
         own = out.flatten(0, 2)[chosen]
         fit, origin = F.linear(own[:, :E], names) + bias[player], net.likeliest(net.origins(own))
-        by = torch.where(origin < net.shift.out_features - 1, origin, -1)
+        by = torch.where(origin < len(net.came.shifts), origin, -1)
         cell = net.cells[rows.place.view(rows.shape)[:, 1:]].flatten()[chosen] + player * tokens[0].numel()
         film, where = F.pad(tokens.flatten(), (1, 0)), F.pad(cell[1:] + 1, (1, 0))
         put = lambda film, new: film.scatter(0, where, new)[1:].view_as(tokens)

@@ -112,12 +112,13 @@ class _Candidates(_Patches):
     def candidates(self, own: Tensor, before: Tensor, frame: Tensor, cell: Tensor) -> Tensor:   # bool (n, S)
         "Which shifts give some of the patch's pixels: the middle, the corners, and the first and the last that is not like a corner."
         before, p = before.unflatten(1, (-1, self.width)), self.patch
-        windows, fits = before.unfold(1, self.window[0], 1).unfold(2, self.window[1], 1), True
-        row, column = self.inside // self.width - self.window[0] // 2, self.inside % self.width - self.window[1] // 2
+        windows, inside, fits = before.unfold(1, self.window[0], 1).unfold(2, self.window[1], 1), self.inside[cell], True
         other = (own != own[:, :1]).byte()
         odd = other.argmax(1), p * p - 1 - other.flip(1).argmax(1)
         for k in (*odd, *(torch.full_like(cell, k) for k in (p * (p // 2) + p // 2, 0, p * p - 1, p - 1, p * p - p))):
-            fits = fits & (windows[frame, row[cell, k], column[cell, k]].flatten(1) == own.gather(1, k[:, None]))
+            at = inside.gather(1, k[:, None])[:, 0]
+            window = windows[frame, at // self.width - self.window[0] // 2, at % self.width - self.window[1] // 2]
+            fits = fits & (window.flatten(1) == own.gather(1, k[:, None]))
         return fits[:, self.order]
 
 # %% ../nbs/06b_motion.ipynb #mot00051
