@@ -6,13 +6,13 @@
 __all__ = ['UNITS', 'FASTER', 'BETTER', 'GENRE', 'GATES', 'RANK', 'CHAPTERS', 'MACHINES', 'ALLOWED', 'STOP', 'TAG', 'SOLUTION',
            'PROGRESS_VERSION', 'HOW', 'COMMANDS', 'bootstrap', 'MissingExtra', 'require', 'size', 'pick', 'machine',
            'Table', 'machine_table', 'slow', 'Figure', 'root', 'home', 'git_revision', 'atomic', 'write_json',
-           'save_results', 'load_results', 'verdict', 'Gate', 'measured', 'judge', 'kind', 'milestone_verdict',
-           'gate_table', 'gates', 'nearest', 'Chapter', 'find_chapter', 'course_table', 'machine_class',
-           'record_minutes', 'hardware_table', 'Budget', 'ledger_cost', 'load_ledgers', 'budget_rows', 'read_notebook',
-           'tagged', 'stub', 'Exercise', 'exercises', 'make_exercise', 'run_cell', 'explain', 'Outcome',
-           'check_notebook', 'load_progress', 'record_progress', 'report', 'narrow', 'report_text', 'report_command',
-           'exercise_notebooks', 'check_chapters', 'next_step', 'failed', 'check_lines', 'check_command',
-           'command_parser', 'main']
+           'save_results', 'load_results', 'print_figures', 'verdict', 'Gate', 'measured', 'judge', 'kind',
+           'milestone_verdict', 'gate_table', 'gates', 'nearest', 'Chapter', 'find_chapter', 'course_table',
+           'machine_class', 'record_minutes', 'hardware_table', 'Budget', 'ledger_cost', 'load_ledgers', 'budget_rows',
+           'read_notebook', 'tagged', 'stub', 'Exercise', 'exercises', 'make_exercise', 'run_cell', 'explain',
+           'Outcome', 'check_notebook', 'load_progress', 'record_progress', 'report', 'narrow', 'report_text',
+           'report_command', 'exercise_notebooks', 'check_chapters', 'next_step', 'failed', 'check_lines',
+           'check_command', 'command_parser', 'main']
 
 # %% ../nbs/00_start.ipynb #9b5c4201
 import argparse, contextlib, difflib, errno, hashlib, importlib, io, json, os, platform, random, re
@@ -300,6 +300,14 @@ def load_results(folder="results") -> dict: # {file stem: content of the file}
             raise ValueError(f"{path} is not a results file (no list 'figures'). Move it out of {folder}.")
         found[path.stem] = data
     return found
+
+# %% ../nbs/00_start.ipynb #2a3bfea4
+def print_figures(figures) -> None: # list of `Figure`
+    "A line for each figure, beside its baseline."
+    print(f"{'game':<21}{'figure':<28}{'measured':>10}{'baseline':>10}{'ceiling':>10}{'n':>5}")
+    text = lambda x: "-" if x is None else f"{x:.4g}"
+    for f in figures:
+        print(f"{f.game:<21}{f.name:<28}", *(f"{text(x):>9}" for x in (f.value, f.baseline, f.ceiling)), f"{f.n or '':>4} {f.unit}")
 
 # %% ../nbs/00_start.ipynb #5d17563e
 def verdict(value:float,         # what was measured; `None`: nothing
@@ -941,7 +949,7 @@ COMMANDS = {
     "play":   ("demo", "play a world model in the browser, on this machine only"),
     "demo":   ("demo", "serve the demo page"),
     "bench":  ("export", "measure key-to-pixels latency, frames per second and memory"),
-    "eval":   ("evaluation", "measure a world model beside copying and beside the real game"),
+    "eval":   ("export", "measure a world model beside copying and beside the real game"),
     "ablate": ("ablation", "train every loss and every quantizer of a tokenizer at equal steps"),
     "quantize": ("quantization", "write a world model in 8 or 4 bits, and measure what that costs"),
     "export": ("export", "write a world model for other engines, and compare their play"),

@@ -11,7 +11,7 @@ __all__ = ['BEGAN', 'BUTTONS', 'OPPOSITE', 'KNOBS', 'HEADER', 'FRAME', 'FILE', '
            'on_set', 'on_record', 'stop_recording', 'parse', 'receive', 'ws_accept', 'ws_mask', 'ws_frame', 'BadFrame',
            'ws_parse', 'Messages', 'WebSocketConnection', 'WebSocketEnd', 'WebSocketProtocol', 'Room', 'short', 'title',
            'welcome', 'model_facts', 'page', 'make_app', 'take_port', 'Server', 'Line', 'Client', 'play', 'game_named',
-           'parse_keys', 'sampling', 'rollout', 'write_film', 'sampling_arguments', 'play_command', 'run_play',
+           'parse_keys', 'sampling', 'rollout', 'write_film', 'model_arguments', 'play_command', 'run_play',
            'demo_command', 'run_demo', 'serve', 'share_address', 'browser_arguments', 'play_randomly', 'measure',
            'report', 'make_space']
 
@@ -35,6 +35,7 @@ from .course import Figure, MissingExtra, nearest, require, save_results
 from .data import Environment, resize
 from .dynamics import WorldModel
 from .evaluation import h264
+from .export import load_player
 
 # %% ../nbs/17_demo.ipynb #3c045d5e
 BUTTONS = ("UP", "DOWN", "RIGHT", "LEFT", "FIRE") # the order in which Atari spells a combination
@@ -1099,27 +1100,29 @@ def write_film(path,   # .gif, .mp4 or .png (a strip)
     path.write_bytes(data)
 
 # %% ../nbs/17_demo.ipynb #c173b51a
-def sampling_arguments(parser): # argparse.ArgumentParser
-    "Options of both commands."
+def model_arguments(parser): # argparse.ArgumentParser
+    "Options of both commands: which model, and how it plays."
+    parser.add_argument("--model", default="nano", help="a shipped name, a folder or a Hub id (default: nano)")
+    parser.add_argument("--engines", metavar="FOLDER", nargs="+", default=[],
+                        help="engines that `lwm export` wrote of this model: the fastest of them and PyTorch plays")
     parser.add_argument("--temperature", type=float, help="0: the likeliest frame; 1: as random as in training (default: 0)")
     parser.add_argument("--refine", type=int, help="refinement steps per frame (default: 1)")
 
 def play_command(parser): # argparse.ArgumentParser
     "Arguments of `lwm play`."
     parser.add_argument("game", nargs="?", help="such as ALE/Pong-v5, or pong (default: the model's first)")
-    parser.add_argument("--model", default="nano", help="a shipped name, a folder or a Hub id (default: nano)")
     parser.add_argument("--port", type=int, default=0, help="port of the page (default: any free one)")
     parser.add_argument("--record", metavar="FILE", help="no page: play --keys and write a .gif, .mp4 or .png strip")
     parser.add_argument("--keys", default="NOOP*30", help='for --record, such as "RIGHT*10 NOOP*5 UP+FIRE" (default: NOOP*30)')
     parser.add_argument("--clip", type=int, default=0, help="for --record: number of the start clip (default: 0)")
     parser.add_argument("--compare", action="store_true", help="for --record: the real emulator beside the model")
-    sampling_arguments(parser)
+    model_arguments(parser)
     parser.set_defaults(run=run_play)
 
 # %% ../nbs/17_demo.ipynb #a5f08d97
 def run_play(args):
     "`lwm play`"
-    wm = WorldModel.from_pretrained(args.model)
+    wm = load_player(args.model, args.engines)
     game = game_named(args.game, wm.games) if args.game else wm.games[0]
     if not args.record:
         settings = Settings(game, seed=args.seed, **sampling(args.temperature, args.refine))
@@ -1136,9 +1139,8 @@ def demo_command(parser): # argparse.ArgumentParser
     "Arguments of `lwm demo`."
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: everyone in this network may play (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="0: any free one (default: 7860)")
-    parser.add_argument("--model", default="nano", help="a shipped name, a folder or a Hub id (default: nano)")
     parser.add_argument("--share", choices=("off", "on"), default="off", help="on: a public address through Gradio's relay")
-    sampling_arguments(parser)
+    model_arguments(parser)
     parser.add_argument("--max-sessions", type=int, default=4, help="players at once (default: 4)")
     parser.add_argument("--measure", action="store_true", help="measure start, frames and latency in a browser, then stop")
     parser.add_argument("--seconds", type=float, default=20, help="for --measure: how long to play (default: 20)")
@@ -1153,7 +1155,7 @@ def run_demo(args):
     if args.measure: return measure(args)
     if args.max_sessions < 1: raise ValueError(f"--max-sessions is at least 1, not {args.max_sessions}.")
     taken = take_port(args.host, args.port)                        # before the slow part: a port in use is told at once
-    wm = WorldModel.from_pretrained(args.model)
+    wm = load_player(args.model, args.engines)
     settings = Settings(wm.games[0], seed=args.seed, **sampling(args.temperature, args.refine))
     serve(wm, settings, args.host, args.port, args.max_sessions, taken=taken, share=args.share == "on", results=args.json)
 
@@ -1212,15 +1214,15 @@ def measure(args): # parsed arguments of `lwm demo`
     "Start, frame rate and latency as a visitor's browser sees them."
     sync_playwright = require("playwright.sync_api", extra="dev").sync_playwright
     command = [sys.executable, "-c", "import sys; from lwm_course.course import main; sys.exit(main())",
-               "demo", "--port", "0", "--model", args.model, "--seed", str(args.seed)]
+               "demo", "--port", "0", "--model", args.model, "--seed", str(args.seed), *(["--engines", *args.engines] if args.engines else [])]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(**browser_arguments())
         tab = browser.new_page(viewport=dict(width=1200, height=900))
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
-            line = process.stdout.readline()
-            if "http" not in line: raise OSError("The demo did not start; the lines above say why.")
+            line = next((line for line in process.stdout if "http" in line), None)
+            if line is None: raise OSError("The demo did not start; the lines above say why.")
             listening = time.perf_counter() - began
             tab.goto(line.split()[-1])
             tab.wait_for_selector(".lwm[data-frame='0']", state="attached", timeout=60_000)

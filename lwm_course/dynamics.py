@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NANO_GAMES', 'DYNAMICS_SIZES', 'SURE', 'DynamicsConfig', 'grouped', 'Film', 'Offsets', 'SpatialAttention', 'Block',
-           'Router', 'Memory', 'Dynamics', 'log_probs', 'Recipe', 'of_clip', 'own_prediction', 'damaged', 'name_loss',
+           'Router', 'Memory', 'Dynamics', 'log_probs', 'Recipe', 'own_prediction', 'damaged', 'name_loss',
            'dynamics_loss', 'PlayState', 'noise', 'WorldModel', 'untrained', 'next_frame', 'rollout', 'Moment',
-           'moments', 'held_keys', 'right_answers', 'action_response', 'evaluate', 'print_figures']
+           'moments', 'held_keys', 'right_answers', 'action_response', 'evaluate']
 
 # %% ../nbs/07_dynamics.ipynb #b45fd891
 import functools, math
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import course, data, training
-from .motion import DRAWN, MOVED, NEW, REACH, STAYED, Came, Histories, Rows, Shifts, corrupt, matches_of
+from .motion import (DRAWN, MOVED, NEW, REACH, STAYED, Came, Histories, Onward, Rows, Shifts, corrupt, matches_of,
+                               of_clip, unspoilt, vanish)
 from .ssm import Mamba2
 from .tokenizer import TOKENIZER_SIZES, Tokenizer, tiles_of
 from .training import changed_pixels, find_pretrained, mse, push_folder
@@ -162,13 +163,13 @@ class Router(nn.Module):
     def __init__(self, config: DynamicsConfig, width: int = 32):
         super().__init__()
         games, side = len(config.games), config.side
-        self.enter = nn.Conv2d(config.token_width + 3, width, 3, padding=1)
+        self.enter = nn.Conv2d(config.token_width + 4, width, 3, padding=1)
         self.inner, self.leave = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, 1, 1)
         self.game, self.act = nn.Embedding(games, width), nn.Embedding(len(config.action_names) + 1, width)
         self.place = nn.Parameter(torch.zeros(games, side, side))      # where it often does
 
     def forward(self, look: Tensor,       # (F, E, side, side), each position's mean token
-                changed: Tensor,          # (F, 3, side, side), share of its tokens that changed in each of the last three frames
+                changed: Tensor,          # (F, 4, side, side), of `changes`
                 game: Tensor, act: Tensor # (F,) each
                 ) -> Tensor:              # (F, P) logits
         x = self.enter(torch.cat([look, 4 * changed], 1)) + (self.game(game) + self.act(act))[..., None, None]
@@ -257,8 +258,8 @@ class _Inputs(_Conditions):
         self.place = nn.Parameter(torch.randn(config.positions + 1, D) * 0.02)      # the last one: the whole frame
         self.enter, self.enter_before = nn.Linear(side ** 2 * E, D), nn.Linear(side ** 2 * E, D)
         self.overview, self.enter_next = nn.Linear(16 * E, D), nn.Linear(group ** 2 * E, D)
-        self.came = Came(config.shifts)
-        self.enter_motion = nn.Linear(side ** 2 * self.came.width, D)
+        self.came, self.onward = Came(config.shifts), Onward(config.grid, config.shifts, config.drawn)
+        self.enter_motion, self.enter_onward = (nn.Linear(side ** 2 * self.came.width, D) for _ in range(2))
         number = lambda width: torch.arange(width ** 2).view(width, width)
         windows = number(config.grid + 2 * config.reach).unfold(0, side, group).unfold(1, side, group).flatten(2).flatten(0, 1)
         self.register_buffer("windows", windows, persistent=False)   # (P, side²) tokens, numbered with a margin
@@ -277,11 +278,11 @@ class _Inputs(_Conditions):
         "Embeddings of the ways in which a token may have come."
         return self.table("came", self.came)
 
-    def seen(self, before: Tensor, tokens: Tensor, moved: Tensor,   # (B, T, h, w) each
+    def seen(self, before: Tensor, tokens: Tensor, moved: Tensor, onward: Tensor,   # (B, T, h, w) each
              rows: Rows) -> Tensor:   # (rows.local, D)
-        "What there is, what there was one frame ago, and how it came."
-        near = lambda x: self.around(x, self.reading(), rows, self.mask)
-        return self.enter(near(tokens)) + self.enter_before(near(before)) + self.enter_motion(self.around(moved, self.ways(), rows, STAYED))
+        "What there is, what there was one frame ago, how it came, and how it may go on."
+        near, way = lambda x: self.around(x, self.reading(), rows, self.mask), lambda x: self.around(x, self.ways(), rows, STAYED)
+        return self.enter(near(tokens)) + self.enter_before(near(before)) + self.enter_motion(way(moved)) + self.enter_onward(way(onward))
 
 # %% ../nbs/07_dynamics.ipynb #look0001
 SURE = 20.0     # copy logit where nothing happens
@@ -305,12 +306,13 @@ class _Routes(_Inputs):
         super().__init__(config, codes)
         self.router = Router(config)
 
-    def changes(self, film: Tensor     # (B, 3 + T, h, w), tokens of T frames and of the three before
-                ) -> Tensor:           # (B, T, 3, side, side)
-        "Share of a position's tokens that changed on the way to each frame, and to the two before it."
-        changed = grouped((film[:, 1:] != film[:, :-1]).to(self.masked.dtype), self.config.group).mean(-1)
-        changed, T = changed.unflatten(-1, (self.config.side,) * 2), film.shape[1] - 3         # (B, T + 2, side, side)
-        return torch.stack([changed[:, 2 - i:2 - i + T] for i in range(3)], 2)
+    def changes(self, film: Tensor,    # (B, 3 + T, h, w), tokens of T frames and of the three before
+                onward: Tensor         # (B, T, h, w)
+                ) -> Tensor:           # (B, T, 4, side, side)
+        "Share of a position's tokens that changed on the way to each frame, and to the two before it; and of those that something reaches."
+        share = lambda x: grouped(x.to(self.masked.dtype), self.config.group).mean(-1).unflatten(-1, (self.config.side,) * 2)
+        changed, T = share(film[:, 1:] != film[:, :-1]), film.shape[1] - 3                     # (B, T + 2, side, side)
+        return torch.stack([*(changed[:, 2 - i:2 - i + T] for i in range(3)), share(onward != STAYED)], 2)
 
     def active(self, route: Tensor,     # (B, T, P) logits of the router
                changed: Tensor          # (B, T, P) share of tokens that just changed
@@ -332,6 +334,7 @@ class _Trunk(_Routes):
 
     def look(self, tokens: Tensor,        # (B, T, h, w)
              moved: Tensor,               # (B, T, h, w), how each came: of `Shifts.came`
+             onward: Tensor,              # (B, T, h, w), how it goes on: of `Onward`
              came_by: Tensor,             # (B, T) the action that led to each frame
              game: Tensor,                # (B,)
              memory: Memory | None = None,  # None: of nothing
@@ -341,12 +344,12 @@ class _Trunk(_Routes):
         B, T = tokens.shape[:2]
         memory = memory or Memory([None] * len(self.trunk), tokens[:, :1].expand(-1, 3, -1, -1))
         film, act = torch.cat([memory.recent, tokens], 1), self.named_action(came_by, game).flatten()
-        changed = self.changes(film)
+        changed = self.changes(film, onward)
         means = F.avg_pool2d(F.embedding(tokens.flatten(0, 1), self.reading()).permute(0, 3, 1, 2), self.config.group)
         route = self.router(means, changed.flatten(0, 1), game.repeat_interleave(T), act).unflatten(0, (B, T))
         active = self.active(route.detach(), changed[:, :, 0].flatten(2))
         rows, whole = Rows(active), self.overview(F.adaptive_avg_pool2d(means, 4).flatten(1))
-        near = self.seen(film[:, 2:-1], tokens, moved, rows)
+        near = self.seen(film[:, 2:-1], tokens, moved, onward, rows)
         x = self.place[rows.place].index_add(0, rows.local, near).index_add(0, rows.whole, whole)
         condition, histories, states = self.condition(came_by, game).flatten(0, 1), Histories(rows, pack=not remember), []
         for block, bias, state in zip(self.trunk, self.trunk_offsets(rows), memory.blocks):
@@ -361,12 +364,22 @@ class _Origins(_Trunk):
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         self.shift = nn.Linear(config.token_width, len(self.came.shifts) + 1)    # the last one: by name
-        for part in self.shift.parameters(): nn.init.zeros_(part)
+        self.lead = nn.Linear(self.came.width, 2 * config.token_width, bias=False)   # what a token hears of what reaches it
+        self.trust = nn.Linear(config.token_width, 1)                            # how much more the shift counts that goes on
+        for part in (*self.shift.parameters(), self.trust.weight): nn.init.zeros_(part)
+        nn.init.constant_(self.trust.bias, 4.0)
 
-    def origins(self, out: Tensor   # (N, 2 * E) of tokens that change
-                ) -> Tensor:        # (N, S + 1)
+    def leads(self) -> Tensor:   # (MOVED + S, 2 * E)
+        "What is added to a token's two embeddings if a way reaches it."
+        return self.table("lead", lambda: self.lead(self.ways()))
+
+    def origins(self, out: Tensor,   # (N, 2 * E) of tokens that change
+                onward: Tensor       # (N,) of these
+                ) -> Tensor:         # (N, S + 1)
         "Log-probability of each shift, and, last, of a name."
-        return self.shift(out[:, self.config.token_width:]).float().log_softmax(-1)
+        out = out[:, self.config.token_width:]
+        goes_on = torch.arange(self.shift.out_features, device=out.device) + MOVED == onward[:, None]
+        return (self.shift(out) + torch.where(goes_on, self.trust(out), 0)).float().log_softmax(-1)
 
     @staticmethod
     def likeliest(origins: Tensor   # (N, S + 1), of `origins`
@@ -374,16 +387,6 @@ class _Origins(_Trunk):
         "By name, if that is likelier than all shifts together; else the likeliest shift."
         return torch.where(origins[:, -1] > math.log(0.5), origins.shape[1] - 1, origins[:, :-1].argmax(-1))
 
-    def unspoilt(self, matches: Tensor,   # (n, FEW) shifts of the true last frame that bring the true tokens, -1: none
-                 chosen: Tensor,          # bool (B, T, h, w), n of them
-                 wrong: Tensor            # bool (B, T, h, w), where the last frame at hand is another
-                 ) -> Tensor:             # (n, FEW)
-        "The shifts that also do so in the frame at hand: the middle of what they bring is the true one."
-        clip, time, y, x = (index[:, None] for index in chosen.nonzero().unbind(1))
-        cells = (self.came.shifts * self.config.grid / self.came.shifts.new_tensor(self.config.drawn)).round().long()
-        dy, dx = cells[matches.clamp_min(0)].unbind(-1)
-        there = (index.clamp(0, self.config.grid - 1) for index in (y + dy, x + dx))
-        return torch.where(wrong[clip, time, *there], -1, matches)
 
 # %% ../nbs/07_dynamics.ipynb #3ff10b92
 class Dynamics(_Origins):
@@ -400,24 +403,24 @@ class Dynamics(_Origins):
     def predict(self, features: Tensor,   # (B, T, P + 1, D) of frame t
                 active: Tensor,           # (B, T, P + 1)
                 known: Tensor,            # (B, T, h, w) of frame t+1; `mask` where not known
+                onward: Tensor,           # (B, T, h, w) of frame t
                 actions: Tensor,          # (B, T) the key held between t and t+1
                 game: Tensor              # (B,)
                 ) -> tuple[Tensor, Tensor]:  # of each next token two embeddings (B, T, h, w, 2 * E), and its copy logit (B, T, h, w)
         "The head: what comes next if this key is held. Where nothing happens, a copy is certain."
         rows, E, condition = Rows(active), self.config.token_width, self.condition(actions, game).flatten(0, 1)
-        cells = self.cells[rows.place[rows.local]]                                              # (N, group²)
-        where = rows.frame[rows.local][:, None], cells
+        where = rows.frame[rows.local][:, None], self.cells[rows.place[rows.local]]             # (N, group²)
         known_here = F.embedding(known.flatten(0, 1).flatten(1)[where], self.reading()).flatten(1)
         x = self.again(features[active]).index_add(0, rows.local, self.enter_next(known_here))
         for block, bias in zip(self.head, self.head_offsets(rows)): x, _ = block(x, condition, bias, rows)
-        own = self.leave(x[rows.local]).unflatten(-1, (-1, 2 * E))
+        own = self.leave(x[rows.local]).unflatten(-1, (-1, 2 * E)) + self.leads()[onward.flatten(0, 1).flatten(1)[where]]
         out = own.new_zeros(rows.frames, known[0, 0].numel(), 2 * E).index_put(where, own)
         gate = own.new_full(out.shape[:2], SURE, dtype=torch.float32).index_put(where, self.gate(own[..., :E])[..., 0].float())
         return out.view(*known.shape, 2 * E), gate.view(known.shape)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         "What Muon turns: the matrices between hidden layers."
-        inner = [self.enter, self.enter_before, self.enter_motion, self.overview, self.enter_next, self.again, self.leave[1]]
+        inner = [self.enter, self.enter_before, self.enter_motion, self.enter_onward, self.overview, self.enter_next, self.again, self.leave[1]]
         layers = lambda b: [m for m in b.modules() if isinstance(m, nn.Linear) and m is not b.film.condition]
         return [m.weight for m in sum(map(layers, (*self.trunk, *self.head)), inner)]
 
@@ -427,7 +430,8 @@ def log_probs(model: Dynamics,  # whose vocabulary is asked
               gate: Tensor,     # logit that a token stays (B, ...)
               tokens: Tensor,   # the last frame's tokens (B, ...)
               game: Tensor,     # (B,)
-              brought: Tensor | None = None  # (B, ..., S) the tokens that shifts bring; None: whatever changes is named
+              brought: Tensor | None = None,  # (B, ..., S) the tokens that shifts bring; None: whatever changes is named
+              onward: Tensor | None = None    # (B, ...), of `Onward`; needed with `brought`
               ) -> Tensor:      # (B, ..., codebook)
     "Log-probabilities of the next tokens: the gate's copy, else a shift's patch, else the vocabulary's choice among the game's codes."
     flat, shape = out.flatten(0, -2), (gate.numel(), model.config.codebook)
@@ -435,7 +439,7 @@ def log_probs(model: Dynamics,  # whose vocabulary is asked
     for rows, codes, fit in model.names(flat, game.repeat_interleave(gate[0].numel())):
         change[rows[:, None], codes] = fit.log_softmax(-1)
     if brought is not None:
-        origins = model.origins(flat)
+        origins = model.origins(flat, onward.flatten())
         moved = torch.zeros(shape, device=out.device).scatter_add_(1, brought.flatten(0, -2), origins[:, :-1].exp())
         change = torch.logaddexp(change + origins[:, -1:], moved.log())
     change = F.logsigmoid(-gate)[..., None] + change.view(*gate.shape, -1)
@@ -447,21 +451,15 @@ def log_probs(model: Dynamics,  # whose vocabulary is asked
 class Recipe:
     "How the dynamics are trained."
     corrupt: float = 0.1        # largest share of moving context tokens that are damaged (the share is drawn per clip)
+    vanish: float = 0.25        # share of clips in which something is out of sight for a while
     action_dropout: float = 0.05  # share of clips that do not show the key, for guidance
     masked: float = 0.85        # share of frames of which the head sees nothing of the next one
     self_share: float = 0.5     # share of context frames that are the model's own prediction ...
     self_every: int = 4         # ... in every so many steps ...
     self_from: int = 300        # ... from this step on ...
     self_deep: int = 3          # ... up to so many frames of them in a row
-    naming: float = 0.3         # weight of the changed tokens' names, beside the gate's
+    naming: float = 0.5         # weight of the changed tokens' names, beside the gate's
     routing: float = 0.3        # weight of the router's loss
-
-# %% ../nbs/07_dynamics.ipynb #gameof01
-def of_clip(values: Tensor,  # (B,), one for each clip, such as its game
-            chosen: Tensor   # bool (B, ...)
-            ) -> Tensor:     # (N,)
-    "What belongs to the clip of each chosen token."
-    return values[chosen.nonzero()[:, 0]]
 
 # %% ../nbs/07_dynamics.ipynb #45ceb555
 @torch.no_grad()
@@ -470,11 +468,11 @@ def own_prediction(model: Dynamics,  # predicts
                    batch: dict       # of `TokenClips`: the truth
                    ) -> tuple[Tensor, Tensor]:     # (B, T, h, w) each
     "What the model would have shown in place of frames 1.. of (B, T, h, w): one step ahead, most likely tokens."
-    actions, game, truth = batch["actions"].long(), batch["game"], batch["tokens"][:, 1:].long()
-    features, active, _, _ = model.look(tokens, moved, actions[:, :-1], game, remember=False)
-    out, gate = model.predict(features, active, torch.full_like(tokens, model.mask), actions[:, 1:], game)
+    actions, game, truth, onward = batch["actions"].long(), batch["game"], batch["tokens"][:, 1:].long(), model.onward(moved)
+    features, active, _, _ = model.look(tokens, moved, onward, actions[:, :-1], game, remember=False)
+    out, gate = model.predict(features, active, torch.full_like(tokens, model.mask), onward, actions[:, 1:], game)
     change, guess, by = gate < 0, tokens.clone(), torch.full_like(tokens, STAYED)
-    named, origin = tokens[change], model.likeliest(model.origins(out[change]))
+    named, origin = tokens[change], model.likeliest(model.origins(out[change], onward[change]))
     for rows, codes, fit in model.names(out[change], of_clip(game, change)): named[rows] = codes[fit.argmax(-1)]
     right = (matches_of(batch, change) == origin[:, None]).any(-1)      # what a wrong shift brings is not known here: a name stands for it
     guess[change] = torch.where(right, truth[change], named)
@@ -491,8 +489,8 @@ def damaged(model: Dynamics, batch: dict, step: int, recipe: Recipe) -> tuple[Te
         own, some = (tokens, moved), torch.rand(tokens.shape[:2], device=tokens.device)[..., None, None] < recipe.self_share
         for _ in range(1 + step // recipe.self_every % recipe.self_deep): own = own_prediction(model, *own, batch)
         tokens, moved = (torch.where(some, dreamt, real) for dreamt, real in zip(own, (tokens, moved)))
-    if recipe.corrupt:
-        seen = corrupt(tokens, recipe.corrupt)
+    if recipe.corrupt or recipe.vanish:
+        seen = corrupt(vanish(tokens, recipe.vanish), recipe.corrupt)
         tokens, moved = seen, torch.where(seen == tokens, moved, NEW)
     later = torch.where(moved[:, 1:] == STAYED, NEW, moved[:, 1:])        # what it looks like beside the frame before
     return tokens, torch.cat([moved[:, :1], torch.where(tokens[:, 1:] == tokens[:, :-1], STAYED, later)], 1)
@@ -502,11 +500,10 @@ def name_loss(model: Dynamics,
               out: Tensor,      # (N, 2 * E) of tokens that change
               target: Tensor,   # (N,) what they become
               matches: Tensor,  # (N, FEW) shifts that bring just that, -1: none
-              game: Tensor,     # (N,)
-              weight: Tensor    # (N,)
+              onward: Tensor, game: Tensor, weight: Tensor   # (N,) each
               ) -> tuple[Tensor, Tensor, Tensor]:   # weighted sum of cross-entropies, share that is right, share that is shifted
     "How badly changed tokens are foreseen: a shift where one brings them, else the name. What the game has no code for is left out."
-    origins, brought = model.origins(out), (matches >= 0).any(-1)
+    origins, brought = model.origins(out, onward), (matches >= 0).any(-1)
     any_of = origins[:, :-1].gather(1, matches.clamp_min(0)).masked_fill(matches < 0, -1e4).logsumexp(-1)
     loss = -(weight * torch.where(brought, any_of, origins[:, -1])).sum()
     pick = model.likeliest(origins.detach())
@@ -535,16 +532,18 @@ def dynamics_loss(model: Dynamics,
     hidden = (torch.rand(frames, **on)[..., None, None] * math.pi / 2).cos()   # share (MaskGIT, Chang et al. 2022, 3.2)
     hidden = torch.where(torch.rand(frames, **on)[..., None, None] < recipe.masked, 1.0, hidden)
     unknown, count, bce = torch.rand(target.shape, **on) < hidden, math.prod(frames), F.binary_cross_entropy_with_logits
-    features, active, route, _ = model.look(seen, moved, shown[:, :-1], game, remember=False)
-    out, gate = model.predict(features, active, torch.where(unknown, model.mask, target), shown[:, 1:], game)
+    onward = model.onward(moved)
+    features, active, route, _ = model.look(seen, moved, onward, shown[:, :-1], game, remember=False)
+    out, gate = model.predict(features, active, torch.where(unknown, model.mask, target), onward, shown[:, 1:], game)
     changes = target != seen
     moves = grouped(changes, model.config.group).any(-1)
     routing = (bce(route.float(), moves.float(), reduction="none") * weight[:, None, None]).sum() / count
     asked = unknown & (gate != SURE)            # where nothing is computed, nothing can be learned
     copying = (bce(gate, 1 - changes.float(), reduction="none") * asked * weight[:, None, None, None]).sum() / count
     changed, share = asked & changes, lambda part, of: (part.sum() / of.sum().clamp_min(1)).detach()
-    matches = model.unspoilt(matches_of(batch, changed), changed, seen != batch["tokens"][:, :-1])
-    naming, right, shifted = name_loss(model, out[changed], target[changed], matches, of_clip(game, changed), of_clip(weight, changed))
+    matches = unspoilt(matches_of(batch, changed), changed, seen != batch["tokens"][:, :-1], model.onward.step)
+    own = out[changed], target[changed], matches, onward[changed], of_clip(game, changed), of_clip(weight, changed)
+    naming, right, shifted = name_loss(model, *own)
     loss = copying + recipe.naming * naming / count + recipe.routing * routing
     return loss, {"gate": copying.detach(), "naming": naming.detach() / count, "right": right, "shifted": shifted,
                   "found": share((gate < 0) & changed, changed), "reached": share(moves & active[..., :-1], moves),
@@ -558,6 +557,7 @@ class PlayState:
     features: Tensor          # (B, P + 1, D) of the last frame
     active: Tensor            # bool (B, P + 1), where something may happen
     tokens: Tensor            # (B, h, w) of the last frame
+    onward: Tensor            # (B, h, w), by which shift something comes if it goes on
     pixels: Tensor            # uint8 (B, H, W, 3), the last frame as it was shown
     game: Tensor              # (B,)
     seeds: Tensor             # (B,) each player's own
@@ -693,9 +693,9 @@ class _Starts(_Moves):
         index = torch.tensor([self.game_index(name) for name in names], device=where)
         self.check_actions(actions, index)
         came_by = torch.cat([torch.zeros(B, 1, dtype=torch.long), actions.long()], 1).to(where)
-        features, active, _, memory = self.dynamics.look(tokens, moved, came_by, index)
-        return PlayState(memory, features[:, -1], active[:, -1], tokens[:, -1], frames[:, -1], index, torch.tensor(seeds),
-                         torch.zeros(B, dtype=torch.long))
+        features, active, _, memory = self.dynamics.look(tokens, moved, onward := self.dynamics.onward(moved), came_by, index)
+        last = (x[:, -1] for x in (features, active, tokens, onward, frames))
+        return PlayState(memory, *last, index, torch.tensor(seeds), torch.zeros(B, dtype=torch.long))
 
     def keys(self, state: PlayState, action: Tensor | np.ndarray | list | int) -> Tensor:
         "The action of each player as a checked tensor (B,)."
@@ -708,12 +708,17 @@ class _Starts(_Moves):
 # %% ../nbs/07_dynamics.ipynb #7e969558
 class _Answers(_Starts):
     "What the head says."
-    def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float = 1.0) -> tuple[Tensor, Tensor]:
-        "Embedding (B, h, w, E) and copy logit (B, h, w) of the next tokens, guided by the key."
-        ask = lambda key: self.dynamics.predict(*(x[:, None] for x in (state.features, state.active, known, key)), state.game)
-        out, gate = ask(action)
-        if guidance != 1: out, gate = map(lambda free, own: free + guidance * (own - free), ask(torch.full_like(action, -1)), (out, gate))
+    def answer(self, state: PlayState, key: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        "Two embeddings (B, h, w, 2 * E) and the copy logit (B, h, w) of each next token."
+        out, gate = self.dynamics.predict(*(x[:, None] for x in (state.features, state.active, known, state.onward, key)), state.game)
         return out[:, 0], gate[:, 0]
+
+    def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float = 1.0) -> tuple[Tensor, Tensor]:
+        "The same, guided by the key."
+        own = self.answer(state, action, known)
+        if guidance == 1: return own
+        free = self.answer(state, torch.full_like(action, -1), known)
+        return tuple(f + guidance * (o - f) for f, o in zip(free, own))
 
     @torch.inference_mode()
     def logits(self, state: PlayState, action: Tensor) -> Tensor:  # (B, h, w, codebook)
@@ -724,7 +729,7 @@ class _Answers(_Starts):
         for some in (gate != SURE).flatten(1).nonzero().split(32):
             tiles = self.motion.brought(state.pixels, *some.unbind(1), every.expand(len(some), -1))
             brought[tuple(some.unbind(1))] = self.tokenizer.encode_patches(tiles.flatten(0, 1)).view(len(some), -1)
-        return log_probs(self.dynamics, out, gate, state.tokens, state.game, brought.view(*gate.shape, -1))
+        return log_probs(self.dynamics, out, gate, state.tokens, state.game, brought.view(*gate.shape, -1), state.onward)
 
 # %% ../nbs/07_dynamics.ipynb #choose01
 class _Chooses(_Answers):
@@ -744,7 +749,7 @@ class _Chooses(_Answers):
         else: change = gate < 0
         tokens, by, sure = state.tokens.clone(), torch.full_like(state.tokens, -1), gate.abs()
         out, game, taken, certain = out[change], of_clip(state.game, change), tokens[change], sure[change]
-        origins = self.dynamics.origins(out)
+        origins = self.dynamics.origins(out, state.onward[change])
         pick = self.draw(origins / temperature, u[:, 0]) if temperature else self.dynamics.likeliest(origins)
         certain = torch.minimum(certain, origins.gather(1, pick[:, None])[:, 0].exp())
         new = (pick == origins.shape[1] - 1).nonzero()[:, 0]
@@ -795,10 +800,10 @@ class _Plays(_Refines):
     @torch.inference_mode()
     def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
         "Remember that `tokens` (B, h, w), shown as `pixels`, followed when `action` (B,) was held."
-        moved = self.came(pixels, state.pixels, tokens != state.tokens)
-        features, active, _, memory = self.dynamics.look(tokens[:, None], moved[:, None], action[:, None], state.game, state.memory)
-        return replace(state, memory=memory, features=features[:, 0], active=active[:, 0], tokens=tokens, pixels=pixels,
-                       frame=state.frame + 1)
+        onward = self.dynamics.onward(moved := self.came(pixels, state.pixels, tokens != state.tokens))
+        features, active, _, memory = self.dynamics.look(*(x[:, None] for x in (tokens, moved, onward, action)), state.game, state.memory)
+        seen = dict(memory=memory, features=features[:, 0], active=active[:, 0], onward=onward)
+        return replace(state, tokens=tokens, pixels=pixels, frame=state.frame + 1, **seen)
 
     @torch.inference_mode()
     def step(self, state: PlayState,
@@ -831,7 +836,7 @@ class _Resets(_Plays):
         put = lambda old, new, at: old.clone().index_copy_(0, at, new.to(old.dtype))
         pairs = zip(state.memory.blocks, fresh.memory.blocks)
         blocks = [old and tuple(put(a, b, rows) for a, b in zip(old, new)) for old, new in pairs]
-        names = ("features", "active", "tokens", "pixels", "frame")
+        names = ("features", "active", "tokens", "onward", "pixels", "frame")
         parts = {name: put(getattr(state, name), getattr(fresh, name), where) for name in names}
         return replace(state, memory=Memory(blocks, put(state.memory.recent, fresh.memory.recent, where)), **parts)
 
@@ -1042,11 +1047,3 @@ def evaluate(wm: WorldModel,
             add("action_response", float(right.mean()), n=len(answers), baseline=float(chance.mean()), ceiling=1.0,
                 interval=training.interval(right, seed=seed))
     return figures
-
-# %% ../nbs/07_dynamics.ipynb #2a3bfea4
-def print_figures(figures: list[course.Figure]) -> None:
-    "A line for each figure, beside its baseline."
-    print(f"{'game':<18}{'figure':<28}{'measured':>10}{'baseline':>10}{'ceiling':>10}{'n':>5}")
-    text = lambda x: "-" if x is None else f"{x:.4g}"
-    for f in figures:
-        print(f"{f.game:<18}{f.name:<28}", *(f"{text(x):>9}" for x in (f.value, f.baseline, f.ceiling)), f"{f.n or '':>4} {f.unit}")

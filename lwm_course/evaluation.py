@@ -36,11 +36,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import course, data, training
-from .dynamics import (DYNAMICS_SIZES, Moment, WorldModel, evaluate, held_keys, moments, mse, print_figures,
-                                 right_answers, untrained)
+from .dynamics import DYNAMICS_SIZES, Moment, WorldModel, evaluate, held_keys, moments, right_answers, untrained
 from .tokenizer import (BALLS, Tokenizer, changed_psnr, data_hash, patches_changed, perceptual,
                                   perplexity, to_float, token_flicker)
-from .training import find_pretrained, is_tokenizer
+from .training import find_pretrained, is_tokenizer, mse
 
 # %% ../nbs/08_evaluation.ipynb #24807420
 def presence(frame: np.ndarray,   # uint8 (..., H, W, 3)
@@ -1174,9 +1173,9 @@ def eval_tokenizer(args, effort: Effort) -> tuple[list[course.Figure], Callable]
     return figures, picture
 
 
-def eval_world(args, effort: Effort) -> tuple[list[course.Figure], Callable]:
+def eval_world(args, effort: Effort, load: Callable) -> tuple[list[course.Figure], Callable]:
     "Figures of a world model, and a function game -> strip and films."
-    wm = WorldModel.from_pretrained(args.model)
+    wm = load(args)
     def picture(game):
         [clip] = recordings(game, 1, 300, args.split, args.seed + 2, wm.frame_size[0])
         films = beside(wm, clip)
@@ -1184,7 +1183,7 @@ def eval_world(args, effort: Effort) -> tuple[list[course.Figure], Callable]:
     return measure(wm, args.play, args.split, effort, args.seed, args.games), picture
 
 # %% ../nbs/08_evaluation.ipynb #cd9fb8f6
-def run_eval(args) -> None:
+def run_eval(args, load: Callable = lambda args: WorldModel.from_pretrained(args.model)) -> None:   # load: how a model is loaded
     "`lwm eval`: the figures of record of a model, or of a tokenizer alone."
     args.model = args.checkpoint or args.model or "nano"
     effort = Effort(4, 2, 100, 1, 64) if args.quick else Effort()
@@ -1196,8 +1195,8 @@ def run_eval(args) -> None:
         config = training.TrainConfig(minutes=args.train_encoder, lr=2e-3, seed=args.seed, ema=0.99, channels_last=True)
         train_encoder(args.play, args.out, config, args.games)
         return
-    figures, picture = (eval_tokenizer if is_tokenizer(args.model) else eval_world)(args, effort)
-    print_figures(figures)
+    figures, picture = eval_tokenizer(args, effort) if is_tokenizer(args.model) else eval_world(args, effort, load)
+    course.print_figures(figures)
     games = list(dict.fromkeys(f.game for f in figures if f.game))
     if args.json: course.save_results(args.json, args.line, figures, args.seed, split=args.split, data_hash=data_hash(args.play, games))
     if args.report: print("report:", write_report(args.report, figures, ((game, *picture(game)) for game in games)))
@@ -1321,13 +1320,13 @@ def load_for_bench(args) -> WorldModel:
     return untrained(args.size).ready() if args.size else WorldModel.from_pretrained(args.model)
 
 
-def run_bench(args, load: Callable = load_for_bench, own: str | None = None) -> None:   # own: dtype; None: the machine's
-    "`lwm bench`: latency, frames per second and memory, in one dtype and in float32."
+def run_bench(args, load: Callable = load_for_bench) -> None:
+    "`lwm bench`: latency, frames per second and memory, in the machine's dtype and in float32; of an engine in its own."
     if args.frames < 1 or min(args.players) < 1: raise ValueError("--frames and --players must be at least 1")
     if args.soak < 0: raise ValueError(f"--soak must not be negative, got {args.soak}")
     if not args.size and is_tokenizer(args.model):
         figures = bench_tokenizer(args, Tokenizer.from_pretrained(args.model))
-        print_figures(figures)
+        course.print_figures(figures)
         if args.json: course.save_results(args.json, args.line, figures, args.seed)
         return
     begin = time.perf_counter()
@@ -1336,17 +1335,17 @@ def run_bench(args, load: Callable = load_for_bench, own: str | None = None) -> 
     clip, keys = opening(wm, game)
     wm.step(wm.start(clip[None], keys[None], game), [0])
     started = time.perf_counter() - begin
-    figures, own = [], own or str(training.dtype("auto", "auto")).removeprefix("torch.")
+    figures, engine = [], getattr(wm, "precision", None)
+    own = engine or str(training.dtype("auto", "auto")).removeprefix("torch.")
     def add(name, value, unit, source): figures.append(course.Figure(name, float(value), unit, 1, source=source, game=game))
     add("load_s", started, "s", "load the model and show the first frame, imports not counted")
-    for kind, players in [(own, p) for p in args.players] + [("float32", 1)] * (own != "float32"):
-        wm.ready(dtype=kind)
+    for kind, players in [(own, p) for p in args.players] + [("float32", 1)] * (not engine and own != "float32"):
+        if not engine: wm.ready(dtype=kind)
         times = latencies(wm, game, args.frames, players=players, seed=args.seed)
         figures += speed_figures(times, players, kind, kind == own, game)
     add("peak_memory_gb", peak_memory_gb(), "GB", "of the whole process")
     add("parameters", sum(p.numel() for p in wm.parameters()), "", "tokenizer and dynamics")
-    state = wm.start(clip[None], keys[None], game)
-    add("state_bytes", state.nbytes // state.players, "B", "memory of one player")
-    if args.soak: figures += soak_figures(wm.ready(dtype=own), game, args.soak, args.seed)
-    print_figures(figures)
+    add("state_bytes", wm.start(clip[None], keys[None], game).nbytes, "B", "memory of one player")
+    if args.soak: figures += soak_figures(wm if engine else wm.ready(dtype=own), game, args.soak, args.seed)
+    course.print_figures(figures)
     if args.json: course.save_results(args.json, args.line, figures, args.seed)

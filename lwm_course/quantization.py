@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from . import course, data, motion, training
-from .dynamics import SURE, Dynamics, DynamicsConfig, Memory, PlayState, WorldModel, dynamics_loss, evaluate, of_clip
+from .dynamics import SURE, Dynamics, DynamicsConfig, Memory, PlayState, WorldModel, dynamics_loss, evaluate
 from .evaluation import tokenizer_figures
 from .tokenizer import Tokenizer, TokenizerConfig
 
@@ -161,12 +161,17 @@ class Context:
         keys = np.stack([keys[len(keys) - frames + 1:] for _, keys in found])
         return cls(*wm.read(torch.from_numpy(film)), torch.from_numpy(keys).long(), torch.tensor([wm.game_index(game) for game in games]))
 
+    def onward(self, model: Dynamics) -> Tensor:   # (B, T, h, w)
+        "How what came goes on."
+        return model.onward(self.moved[:, :-1])
+
     @torch.inference_mode()
     def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
         "What a network says of each next frame: embeddings of its tokens, and copy logits."
         came_by = F.pad(self.actions, (1, 0))[:, :-1]
-        features, active, _, _ = model.look(self.tokens[:, :-1], self.moved[:, :-1], came_by, self.game, remember=False)
-        return model.predict(features, active, torch.full_like(self.tokens[:, :-1], model.mask), self.actions, self.game)
+        tokens, moved, onward = self.tokens[:, :-1], self.moved[:, :-1], self.onward(model)
+        features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, remember=False)
+        return model.predict(features, active, torch.full_like(tokens, model.mask), onward, self.actions, self.game)
 
 # %% ../nbs/13_quantization.ipynb #q13c034
 def stored(module: nn.Module) -> list[str]:
@@ -175,10 +180,10 @@ def stored(module: nn.Module) -> list[str]:
 
 
 def busy_layers(model: Dynamics) -> dict[str, nn.Linear]:
-    "Linear layers that work at every frame. `read_code` and `name_code` only make tables, once."
+    "Linear layers that work at every frame. `read_code`, `name_code` and `lead` only make tables, once."
     kept = set(stored(model))
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and f"{name}.weight" in kept
-            and not name.startswith(("read_code", "name_code"))}
+            and not name.startswith(("read_code", "name_code", "lead"))}
 
 
 def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Tensor]:   # layer -> (N, D), N <= most
@@ -188,7 +193,7 @@ def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Te
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     try:
         out, gate = context.ask(model)
-        with torch.inference_mode(): model.origins(out[gate != SURE])
+        with torch.inference_mode(): model.origins(out[gate != SURE], context.onward(model)[gate != SURE])
     finally:
         for hook in hooks: hook.remove()
     return {name: x[torch.linspace(0, len(x) - 1, min(most, len(x))).long()].clone() for name, x in seen.items()}
@@ -418,9 +423,9 @@ def divergence(reference: Dynamics,   # whose answers count as right
     change, off = gate < 0, gate.sigmoid() * apart(1) + gate.neg().sigmoid() * apart(-1)
     kl = lambda right, own: F.kl_div(own, right, reduction="none", log_target=True).sum(-1)
     both = [(model, x[change]) for model, x in ((reference, out), (other, out2))]
-    origins = [model.origins(x) for model, x in both]
+    origins = [model.origins(x, context.onward(model)[change]) for model, x in both]
     into = kl(*origins)
-    for (rows, _, fit), (_, _, fit2) in zip(*(model.names(x, of_clip(context.game, change)) for model, x in both)):
+    for (rows, _, fit), (_, _, fit2) in zip(*(model.names(x, motion.of_clip(context.game, change)) for model, x in both)):
         into[rows] += origins[0][rows, -1].exp() * kl(fit.log_softmax(-1), fit2.log_softmax(-1))
     off[change] += into * gate[change].neg().sigmoid()
     return (off.sum() / gate[..., 0, 0].numel()).item()

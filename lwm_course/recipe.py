@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from . import course, data, training
-from .dynamics import (DYNAMICS_SIZES, NANO_GAMES, Dynamics, DynamicsConfig, Recipe, WorldModel, dynamics_loss, evaluate,
-                                 print_figures)
+from .dynamics import (DYNAMICS_SIZES, NANO_GAMES, Dynamics, DynamicsConfig, Recipe, WorldModel, dynamics_loss,
+                                 evaluate)
 from .motion import TokenClips, tokenize
 from .tokenizer import PLACED, QUANTIZERS, TOKENIZER_SIZES, Tokenizer, TokenizerConfig, data_hash, train_tokenizer
 
@@ -131,7 +131,7 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
     model.owned.copy_(clips.owned(model.config.codebook))
     held = TokenClips(tokens, list(games), batch=len(games), split="val", seed=config.seed)
     loss = lambda m, batch, step: dynamics_loss(m, batch, step, recipe)
-    plain = replace(recipe, corrupt=0.0, action_dropout=0.0, masked=1.0, self_share=0.0)
+    plain = replace(recipe, corrupt=0.0, vanish=0.0, action_dropout=0.0, masked=1.0, self_share=0.0)
     def valid(m):
         torch.manual_seed(0)
         rows = [dynamics_loss(m, training.to_device(held(i), m.place.device), 0, plain)[1] for i in range(4)]
@@ -176,7 +176,7 @@ def _finish(args, start: WorldModel | None, dynamics: Dynamics, began: float) ->
     figures = evaluate(WorldModel.from_pretrained(str(model), args.device), args.play, seed=args.seed)
     with course.atomic(model / "README.md") as temporary: temporary.write_text(model_card(figures, ledgers), encoding="utf-8")
     figures.append(course.Figure("made_in", (time.time() - began) / 60, "min", n=1, source="this call of the command, all five stages"))
-    print_figures(figures)
+    course.print_figures(figures)
     if args.json: course.save_results(args.json, args.line, figures, args.seed, model=str(model))
     print(f"\nPlay it: lwm demo --model {model}")
 

@@ -65,6 +65,11 @@ def play_of(players=3, frames=5, seed=0):
     return rng.integers(0, 256, (players, frames, 64, 64, 3), np.uint8), rng.integers(0, 3, (players, frames - 1))
 
 
+def look(net, tokens, moved, *args, **named):
+    "`Dynamics.look`, what moves going on."
+    return net.look(tokens, moved, net.onward(moved), *args, **named)
+
+
 def close(a, b):
     "Frames that agree but for rounding to uint8."
     return a.shape == b.shape and (a.int() - b.int()).abs().max() <= 1
@@ -92,13 +97,13 @@ def test_reading_at_once_equals_reading_frame_by_frame(every, most):
     tokens, keys, game, state = film_of(2, 40), torch.randint(3, (2, 40)), torch.tensor([1, 0]), None
     moved = torch.randint(MOVED + 40, tokens.shape)
     with torch.no_grad():
-        features, active, _, last = net.look(tokens, moved, keys, game)
+        features, active, _, last = look(net, tokens, moved, keys, game)
         for t in range(40):
-            one, _, _, state = net.look(tokens[:, t:t + 1], moved[:, t:t + 1], keys[:, t:t + 1], game, state)
+            one, _, _, state = look(net, tokens[:, t:t + 1], moved[:, t:t + 1], keys[:, t:t + 1], game, state)
             assert torch.allclose(one[:, 0], features[:, t], atol=1e-4, rtol=1e-4)
-        half, _, _, middle = net.look(tokens[:, :17], moved[:, :17], keys[:, :17], game)
-        rest, _, _, _ = net.look(tokens[:, 17:], moved[:, 17:], keys[:, 17:], game, middle)
-        packed, _, _, none = net.look(tokens, moved, keys, game, remember=False)
+        half, _, _, middle = look(net, tokens[:, :17], moved[:, :17], keys[:, :17], game)
+        rest, _, _, _ = look(net, tokens[:, 17:], moved[:, 17:], keys[:, 17:], game, middle)
+        packed, _, _, none = look(net, tokens, moved, keys, game, remember=False)
     assert torch.allclose(rest, features[:, 17:], atol=1e-4, rtol=1e-4)
     assert torch.allclose(packed, features, atol=1e-5) and none is None
     assert (features[~active] == 0).all() and active[..., -1].all()
@@ -113,11 +118,11 @@ def test_rows_are_where_something_changed_and_where_it_may():
     keys, game, moved = torch.zeros(2, 12, dtype=torch.long), torch.tensor([0, 1]), torch.zeros_like(tokens)
     changed = dynamics.grouped(tokens[:, 1:] != tokens[:, :-1], 2).any(-1)
     with torch.no_grad():
-        assert torch.equal(net.look(tokens, moved, keys, game)[1][:, 1:, :-1], changed)
+        assert torch.equal(look(net, tokens, moved, keys, game)[1][:, 1:, :-1], changed)
         net.router.place[1, 2, 3] = 40.0                            # but at one position, in one game
-        active = net.look(tokens, moved, keys, game)[1][..., :-1]
+        active = look(net, tokens, moved, keys, game)[1][..., :-1]
     assert active[1, :, 11].all() and torch.equal(active[0, 1:], changed[0])
-    with torch.no_grad(): everywhere = Dynamics(small(least=0.0)).look(tokens, moved, keys, game)[1]
+    with torch.no_grad(): everywhere = look(Dynamics(small(least=0.0)), tokens, moved, keys, game)[1]
     assert everywhere.all()
 
 
@@ -135,7 +140,7 @@ def test_a_row_computes_what_it_would_compute_alone():
     net, tokens = Dynamics(small()).eval(), torch.cat([film_of(1, 9, 0.02), film_of(1, 9, 0.5, seed=3)])
     keys, game, moved = torch.randint(3, (2, 9)), torch.tensor([0, 1]), torch.randint(MOVED + 40, tokens.shape)
     with torch.no_grad():
-        both, alone = net.look(tokens, moved, keys, game)[0], net.look(tokens[:1], moved[:1], keys[:1], game[:1])[0]
+        both, alone = look(net, tokens, moved, keys, game)[0], look(net, tokens[:1], moved[:1], keys[:1], game[:1])[0]
     assert torch.allclose(both[:1], alone, atol=1e-5)
 
 
@@ -145,32 +150,23 @@ def test_only_codes_of_the_game_are_named():
     out, gate = torch.randn(2, 8, 8, 16), torch.full((2, 8, 8), -60.0)
     p = log_probs(net, out, gate, torch.zeros(2, 8, 8, dtype=torch.long), torch.tensor([0, 1])).exp()
     assert p[0, ..., 30:].max() < 1e-6 and p[1, ..., 30:].max() > 1e-6 and torch.allclose(p.sum(-1), torch.ones(2, 8, 8), atol=1e-5)
-    target, none, two, origin = torch.tensor([3, 35]), torch.full((2, FEW), -1), torch.ones(2), math.log(826)
-    loss, _, _ = dynamics.name_loss(net, out[0, 0, :2], target, none, torch.tensor([0, 0]), two)
-    known, _, _ = dynamics.name_loss(net, out[0, 0, :1], target[:1], none[:1], torch.tensor([0]), two[:1])
+    target, none, still, origin = torch.tensor([3, 35]), torch.full((2, FEW), -1), torch.tensor([0, 0]), math.log(826)
+    loss, _, _ = dynamics.name_loss(net, out[0, 0, :2], target, none, still, still, torch.ones(2))
+    known, _, _ = dynamics.name_loss(net, out[0, 0, :1], target[:1], none[:1], still[:1], still[:1], torch.ones(1))
     assert torch.isclose(loss, known + origin)                      # what has no code in the game cannot be named
     brought = none.clone()
     brought[1, :3] = torch.tensor([0, 7, 9])
-    either, _, _ = dynamics.name_loss(net, out[0, 0, :2], target, brought, torch.tensor([0, 0]), two)
+    either, _, _ = dynamics.name_loss(net, out[0, 0, :2], target, brought, still, still, torch.ones(2))
     assert torch.isclose(either, known + origin - math.log(3))      # any of three shifts will do, and its name is not asked for
-
-
-def test_origins_of_what_is_spoilt_are_struck_out():
-    net = Dynamics(small(drawn=(64, 64)))                           # a token is 8 drawn pixels
-    wrong, chosen = torch.zeros(1, 2, 8, 8, dtype=torch.bool), torch.zeros(1, 2, 8, 8, dtype=torch.bool)
-    wrong[0, 1, 2, 3], chosen[0, 1, 2, 5], chosen[0, 0, 2, 5] = True, True, True
-    number = {tuple(by): i for i, by in enumerate(shifts(net.config.shifts).tolist())}
-    matches = torch.tensor([[number[0, -16], number[0, -8], number[8, -16], -1]] * 2)
-    assert net.unspoilt(matches, chosen, wrong).tolist() == [matches[0].tolist(), [-1, *matches[1, 1:].tolist()]]
 
 
 def test_every_key_and_every_game_counts():
     torch.manual_seed(0)
     net, tokens = Dynamics(small()).eval(), torch.randint(40, (1, 1, 8, 8))
     game, mask = torch.tensor([0]), torch.full((1, 1, 8, 8), 40)
-    features, active, _, _ = net.look(tokens, torch.zeros_like(tokens), torch.zeros(1, 1, dtype=torch.long), game)
-    gates = [net.predict(features, active, mask, torch.tensor([[key]]), game)[1] for key in (-1, 0, 1, 2, 3)]
-    gates.append(net.predict(features, active, mask, torch.tensor([[0]]), torch.tensor([1]))[1])
+    features, active, _, _ = look(net, tokens, torch.zeros_like(tokens), torch.zeros(1, 1, dtype=torch.long), game)
+    ask = lambda key, game: net.predict(features, active, mask, torch.zeros_like(tokens), torch.tensor([[key]]), game)[1]
+    gates = [*(ask(key, game) for key in (-1, 0, 1, 2, 3)), ask(0, torch.tensor([1]))]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(gates) for b in gates[:i])
 
 
@@ -183,11 +179,12 @@ def test_log_probs_is_the_mixture():
     assert torch.isfinite(log_probs(net, out, gate + 80, tokens, game)).all()
     torch.nn.init.normal_(net.shift.weight)
     brought = torch.randint(40, (2, 8, 8, len(shifts(net.config.shifts))))
-    origins = net.origins(out.flatten(0, -2)).exp().view(2, 8, 8, -1)
+    onward = torch.where(torch.rand(2, 8, 8) < 0.5, STAYED, torch.randint(MOVED, MOVED + brought.shape[-1], (2, 8, 8)))
+    origins = net.origins(out.flatten(0, -2), onward.flatten()).exp().view(2, 8, 8, -1)
     change = origins[..., -1:] * fit.softmax(-1).view(2, 8, 8, 40)
     change = change + torch.stack([(origins[..., :-1] * (brought == code)).sum(-1) for code in range(40)], -1)
     expected = stays * torch.nn.functional.one_hot(tokens, 40) + (1 - stays) * change
-    assert torch.allclose(log_probs(net, out, gate, tokens, game, brought).exp(), expected, atol=1e-5)
+    assert torch.allclose(log_probs(net, out, gate, tokens, game, brought, onward).exp(), expected, atol=1e-5)
 
 
 def test_own_prediction_is_what_play_would_show(world):

@@ -37,7 +37,7 @@ def folders(small, tmp_path_factory):
     "The small world, exported once."
     for package in ("onnx", "onnxscript", "onnxruntime", "openvino"): pytest.importorskip(package)
     out = tmp_path_factory.mktemp("exports")
-    return out, export.export(small, list(export.TARGETS), out, steps=8, games=small.games[:2])
+    return out, export.export(small, list(export.CPU), out, steps=8, games=small.games[:2])
 
 
 # Seats
@@ -86,9 +86,9 @@ def test_parity_finds_a_planted_difference(wm):
     calls = []
 
     def off(*tensors):
-        tokens, *rest = head(*tensors)
+        out, gate = head(*tensors)
         calls.append(1)
-        return tokens.roll(1, 2) if len(calls) == 4 else tokens, *rest
+        return out, gate - 100 if len(calls) == 4 else gate      # everything changes
 
     backend.run["head"] = off      # the first call is that of the logits
     found = parity(wm, backend, wm.games[0], 10)
@@ -96,8 +96,10 @@ def test_parity_finds_a_planted_difference(wm):
 
 
 def test_a_first_step_that_is_a_little_off_does_not_pass():
-    good = export.Parity("Pong", 5, 5, 9e-5, 9e-7)
-    assert good.passed and not any(replace(good, **off).passed for off in (dict(same=4), dict(first_gate=2e-4), dict(first_names=2e-6)))
+    good = export.Parity("Pong", 5, 5, 9e-5, 9e-6)
+    assert good.passed and not any(replace(good, **off).passed for off in (dict(same=4), dict(first_gate=2e-4), dict(first_out=2e-5)))
+    half = replace(good, precision="float16", same=4, first_gate=0.04)
+    assert half.passed and not any(replace(half, **off).passed for off in (dict(first_gate=0.06), dict(first_out=0.006)))
 
 
 def test_players_of_different_games_with_many_seats(wm):
@@ -108,8 +110,9 @@ def test_players_of_different_games_with_many_seats(wm):
     for key in key_presses(4, 15):
         (a, true), (b, own) = wm.step(true, [key] * 3), backend.step(own, [key] * 3)
         assert torch.equal(a, b) and torch.equal(true.tokens, own.tokens)
-    (a, _), (b, _) = wm.step(true, [1, 1, 1], temperature=1.0), backend.step(own, [1, 1, 1], temperature=1.0)
-    assert (a != b).float().mean() < 0.01, "sampling is PyTorch's, on the backend's memory"
+    for how in (dict(temperature=1.0), dict(refine=3), dict(guidance=1.5)):
+        (a, _), (b, _) = wm.step(true, [1, 1, 1], **how), backend.step(own, [1, 1, 1], **how)
+        assert (a != b).float().mean() < 0.01, how
 
 
 def test_the_old_state_stays_valid(wm):
@@ -128,18 +131,26 @@ def test_graphs_refuse_another_precision(small):
 
 # Engines
 
-@pytest.mark.parametrize("target", list(export.TARGETS))
+@pytest.mark.parametrize("target", export.CPU)
 def test_engine_plays_alike(small, folders, target):
     out, manifests = folders
     assert len(manifests[target]["parity"]) == 2 and all(export.Parity(**p).passed for p in manifests[target]["parity"])
     backend = load_backend(small, out/target)
+    assert backend.precision == manifests[target]["precision"] == ("int8" if target == "onnx-int8" else "float32")
     assert parity(small, backend, small.games[5], 30, seed=1).passed
     clip, actions = opening(small, small.games[3])
     frames, actions = np.stack([clip] * 3), np.stack([actions] * 3)       # another number of players than the example's
     true = own = small.start(frames, actions, small.games[3])
     for keys in ([0, 1, 2], [3, 3, 0]):
         (a, true), (b, own) = small.step(true, keys), backend.step(own, keys)
-        assert torch.equal(a, b)
+        assert a.shape == b.shape and (backend.precision == "int8" or torch.equal(a, b))
+
+
+def test_eight_bits_are_smaller_and_round(folders):
+    out, manifests = folders
+    sizes = [sum(file.stat().st_size for file in (out/target).glob("*.onnx")) for target in ("onnx", "onnx-int8")]
+    assert sizes[1] < 0.9 * sizes[0]
+    assert all(1e-4 < p["first_gate"] for p in manifests["onnx-int8"]["parity"]) and all(p["first_gate"] < 1e-4 for p in manifests["onnx"]["parity"])
 
 
 def test_manifest_says_what_it_is(small, folders):
@@ -199,7 +210,7 @@ def test_the_fastest_that_plays_alike_is_taken(small, folders, tmp_path, monkeyp
     def wrong(wm, folder):
         backend = real(wm, folder)
         head = backend.run["head"]
-        backend.run["head"] = lambda *x: (x[2].roll(1, 1), *head(*x)[1:])
+        backend.run["head"] = lambda *x: (head(*x)[0], head(*x)[1] - 1)
         return backend
 
     monkeypatch.setattr(export, "load_backend", wrong)
@@ -207,18 +218,62 @@ def test_the_fastest_that_plays_alike_is_taken(small, folders, tmp_path, monkeyp
     assert player is small and trials[-1].ms is None and "not alike" in trials[-1].why
 
 
+# TensorRT
+
+@pytest.fixture(scope="module")
+def rtx(small, tmp_path_factory):
+    "Engines of the small world, built without a GPU, and their manifest."
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path_factory.mktemp("rtx")
+    return out/"tensorrt-rtx", export.export(small, ["tensorrt-rtx"], out, steps=3, games=small.games[:1])["tensorrt-rtx"]
+
+
+def test_engines_are_built_for_every_card(rtx):
+    folder, manifest = rtx
+    assert manifest["cards"] == ("SM75", "SM86", "SM89", "SM120") == tuple(export.CARDS) and manifest["precision"] == "float16"
+    assert set(manifest["files"]) == {"head.engine", "route.engine", "trunk.engine"} and manifest["tools"]["tensorrt_rtx"]
+    assert all((folder/name).stat().st_size > 100_000 for name in manifest["files"])
+    assert all(export.Parity(**p).passed for p in manifest["parity"]) and manifest["parity"][0]["first_gate"] > 1e-6, "it is half precision"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the test below plays on it")
+def test_without_a_gpu_an_engine_is_refused_before_anything_runs(small, rtx):
+    folder, manifest = rtx
+    assert manifest["played_by"] == "onnx"
+    with pytest.raises(ValueError, match="head.engine runs on an NVIDIA GPU"): load_backend(small, folder)
+    player, trials = fastest(small, [folder], seconds=0.1, steps=2)
+    assert player is small and "NVIDIA GPU" in trials[-1].why
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="engines run on an NVIDIA GPU only")
+def test_an_engine_plays_on_a_gpu(small, rtx):
+    folder, manifest = rtx
+    assert manifest["played_by"] == "tensorrt-rtx" and parity(small, load_backend(small, folder), small.games[0], 20).passed
+
+
+def test_what_cannot_be_built_is_said(small, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    import onnx
+    from onnx import TensorProto, helper
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2]) for name in "xy")
+    file = tmp_path/"strange.onnx"
+    onnx.save(helper.make_model(helper.make_graph([helper.make_node("Strange", ["x"], ["y"], domain="nobody")], "strange", [x], [y])), file)
+    with pytest.raises(ValueError, match="tensorrt_rtx cannot read strange.onnx"): export.TARGETS["tensorrt-rtx"].write(file, tmp_path/"no.engine")
+    assert not (tmp_path/"no.engine").exists()
+
+
 def test_an_interrupt_after_an_engine_was_freed(tmp_path):
     "OpenVINO's plugin lends the thread that loads it a stack for signals, and takes it away from the thread that frees it last."
     script = """
 import gc, signal, sys, threading
-import numpy as np, openvino as ov
+import numpy as np, openvino as ov, torch
 from openvino import opset13 as ops
 from pathlib import Path
 from lwm_course.export import OpenVino
 x, file = ops.parameter([2, 2], np.float32), Path(sys.argv[1]) / "graph.xml"
 ov.save_model(ov.Model([ops.matmul(x, ops.constant(np.eye(2, dtype=np.float32)), False, False)], [x]), file)
 runs = [OpenVino.load(file)]
-print(runs[0]([np.ones((2, 2), np.float32)]))
+print(runs[0]([torch.ones(2, 2)]))
 other = threading.Thread(target=lambda: (runs.clear(), gc.collect()))
 other.start()
 other.join()

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwm_course import data
-from lwm_course.motion import (ANY, FEW, MOVED, NEW, REACH, STAYED, Shifts, TokenClips, batch_of, clip_of, corrupt, explain, matches_of,
-                               ranks, read_tokens, shifts, tokenize)
+from lwm_course.motion import (ANY, DRAWN, FEW, MOVED, NEW, REACH, STAYED, Onward, Shifts, TokenClips, batch_of, clip_of, corrupt, explain, matches_of,
+                               ranks, read_tokens, shifts, tokenize, unspoilt, vanish)
 from lwm_course.tokenizer import Tokenizer
 
 PONG, FREEWAY = "ALE/Pong-v5", "ALE/Freeway-v5"
@@ -104,6 +104,52 @@ def test_an_episode_and_its_clips_agree(tmp_path, repository):
         assert np.array_equal(clip["matches"], matches[:, :FEW]) and np.array_equal(clip["where"], changed.flatten().nonzero()[:, 0])
         batch = batch_of([{**clip, "game": np.array(i)} for i in (0, 1)])
         assert torch.equal(matches_of(batch, torch.stack([changed] * 2)), torch.cat([matches[:, :FEW]] * 2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 824), st.integers(0, 31), st.integers(0, 31))
+def test_what_goes_on_reaches_the_tokens_it_overlaps(number, row, column):
+    "A rectangle as large as a token, moved on once more, in drawn pixels: it reaches the tokens of which it covers a tenth of both sides."
+    moved = torch.zeros(2, 32, 32, dtype=torch.long)
+    moved[1, row, column] = MOVED + number
+    reached, sides, by = Onward(32, REACH, DRAWN)(moved), [side / 32 for side in DRAWN], shifts(REACH)[number].tolist()
+    there = [at * side - shift for at, side, shift in zip((row, column), sides, by)]          # it goes against the shift that looked back
+    covered = [[min(t + side, (n + 1) * side) - max(t, n * side) for n in range(32)] for t, side in zip(there, sides)]
+    expected = [[min(a / sides[0], b / sides[1]) > 0.1 + 1e-6 for b in covered[1]] for a in covered[0]]
+    assert torch.equal(reached[1] == MOVED + number, torch.tensor(expected)) and not reached[0].any()
+    assert ((reached == STAYED) | (reached == MOVED + number)).all()
+
+
+def test_of_two_that_reach_a_token_the_farther_counts():
+    onward, number = Onward(8, REACH, (64, 64)), {tuple(by): MOVED + i for i, by in enumerate(shifts(REACH).tolist())}
+    moved = torch.zeros(8, 8, dtype=torch.long)
+    moved[4, 2], moved[3, 3], moved[0, 0] = number[0, -8], number[-8, 1], number[8, 8]      # the last one leaves the frame
+    reached = onward(moved)
+    assert reached[4, 3] == max(number[0, -8], number[-8, 1]) and reached[0, 0] == STAYED
+    assert torch.equal(onward(moved.expand(2, 3, 8, 8)), reached.expand(2, 3, 8, 8))
+
+
+def test_shifts_of_what_is_spoilt_are_struck_out():
+    step = Onward(8, REACH, (64, 64)).step                          # a token is 8 drawn pixels
+    wrong, chosen = torch.zeros(1, 2, 8, 8, dtype=torch.bool), torch.zeros(1, 2, 8, 8, dtype=torch.bool)
+    wrong[0, 1, 2, 3], chosen[0, 1, 2, 5], chosen[0, 0, 2, 5] = True, True, True
+    number = {tuple(by): i for i, by in enumerate(shifts(REACH).tolist())}
+    matches = torch.tensor([[number[0, -16], number[0, -8], number[8, -16], -1]] * 2)
+    assert unspoilt(matches, chosen, wrong, step).tolist() == [matches[0].tolist(), [-1, *matches[1, 1:].tolist()]]
+
+
+def test_what_vanishes_is_gone_for_some_frames_wherever_it_flies():
+    torch.manual_seed(0)
+    ground, film = torch.arange(400).view(20, 20), torch.arange(400).view(1, 1, 20, 20).repeat(1, 12, 1, 1)
+    for t in range(12): film[0, t, 10, 4 + t] = 999                  # one token per frame
+    lengths = set()
+    for _ in range(60):
+        seen = vanish(film.expand(2, -1, -1, -1), 0.5)
+        assert torch.equal(film[0, 0, 9:], ground[9:].where(ground[9:] != 204, torch.tensor(999)))      # the film itself is as it was
+        for clip in seen:
+            gone = [t for t in range(12) if clip[t, 10, 4 + t] != 999]
+            lengths.add(gone[-1] - gone[0] + 1 if gone else 0)          # in between it may stand where it happens to be
+    assert {0, 1, 5} <= lengths <= set(range(6))
 
 
 def test_corruption_keeps_to_its_level_and_to_the_tokens_of_the_batch():

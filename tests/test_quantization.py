@@ -80,6 +80,22 @@ def test_agrees_with_pytorch_where_the_definitions_do(bits):
     assert torch.equal(grid.nearest(x), theirs)
 
 
+def test_agrees_with_onnx_runtime_where_the_definitions_do():
+    "Symmetric 8 bits, and unsigned ones whose range begins at zero: the same step but for its last bit, and on it the same integers."
+    pytest.importorskip("onnxruntime")
+    from onnx import TensorProto
+    from onnxruntime.quantization.quant_utils import quantize_data
+    for seed in range(20):
+        x = torch.randn(1, 500, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed - 10)
+        signed = TensorProto.INT8, x, symmetric(*minmax(x)), 128
+        unsigned = TensorProto.UINT8, x.relu(), affine(0 * x[:, :1], minmax(x.relu())[1]), 0
+        for kind, data, own, middle in (signed, unsigned):
+            point, step, k = quantize_data(data[0].numpy(), kind, symmetric=kind == TensorProto.INT8)
+            assert point == 0 and math.isclose(step, own.step.item(), rel_tol=1e-6)
+            own.step = torch.tensor([[float(step)]])
+            assert torch.equal(own.index(data)[0] - middle, torch.from_numpy(k).float())
+
+
 def test_gradient_passes_through_rounding():
     x = torch.randn(3, 5, requires_grad=True)
     symmetric(*minmax(x.detach()), 4).nearest(x).sum().backward()

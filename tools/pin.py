@@ -11,7 +11,7 @@ HEADER = """\
 # Exact versions of what `make` installs, on Python 3.11, 3.12 and 3.13. Made by `python tools/pin.py` in an environment
 # with lwm-course[all]. The library's own bounds, in settings.ini, are loose. Torch carries no local version (such as +cpu),
 # so that the index given in PIP_ARGS decides which build is installed."""
-EXTRAS = "games", "video", "notebooks", "train", "export", "dev"              # what the extra `all` joins, in setup.py
+EXTRAS = "games", "video", "notebooks", "train", "export", "rtx", "dev"              # what the extra `all` joins, in setup.py
 ELSEWHERE = ['audioop-lts==0.2.2; python_version >= "3.13"']        # needed by gradio where Python no longer has audioop
 
 
