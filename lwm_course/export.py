@@ -541,8 +541,10 @@ def export(wm: WorldModel,        # in float32, on the CPU
         for target, engine in engines.items():
             (folder := Path(out) / target).mkdir(parents=True, exist_ok=True)
             (folder / "manifest.json").unlink(missing_ok=True)       # files without one are nobody's
-            files = onnx if engine.precision != "float16" else {name: Path(room) / f"{name}-half.onnx" for name in onnx}
-            if files != onnx: any(write_half(onnx[name], file) for name, file in files.items())
+            files = onnx
+            if engine.precision == "float16":
+                files = {name: Path(room) / f"{name}-half.onnx" for name in onnx}
+                for name, file in files.items(): write_half(onnx[name], file)
             for name, file in files.items(): engine.write(file, folder / f"{name}{engine.suffix}")
             manifests[target] = dict(
                 target=target, source=source_hash(wm), opset=opset, precision=engine.precision, shapes=shapes,

@@ -1,4 +1,5 @@
 "Seats instead of rows, three graphs, and engines that play as PyTorch does."
+import argparse
 import json
 import subprocess
 import sys
@@ -216,6 +217,48 @@ def test_the_fastest_that_plays_alike_is_taken(small, folders, tmp_path, monkeyp
     monkeypatch.setattr(export, "load_backend", wrong)
     player, trials = fastest(small, [out/"onnx"], seconds=0.1, steps=3)
     assert player is small and trials[-1].ms is None and "not alike" in trials[-1].why
+
+
+@pytest.mark.parametrize("command, run", [(export.eval_command, "run_eval"), (export.bench_command, "run_bench")])
+def test_yardstick_and_benchmark_take_an_engine(small, folders, tmp_path, monkeypatch, command, run):
+    given = []
+    monkeypatch.setattr(export.evaluation, run, lambda args, load=None: given.append(load and load(args)))
+    small.save_pretrained(tmp_path/"small")
+    def call(*options):
+        parser = argparse.ArgumentParser()
+        command(parser)
+        args = parser.parse_args(["--model", str(tmp_path/"small"), *options], argparse.Namespace(seed=0))
+        args.run(args)
+    call()
+    call("--engine", str(folders[0]/"onnx"))
+    assert given[0] is None and isinstance(given[1], Backend) and given[1].name == "onnx"
+    with pytest.raises(ValueError, match="no manifest"): call("--engine", str(tmp_path))
+
+
+def test_a_player_is_the_fastest_and_it_is_said(small, folders, tmp_path, capsys):
+    small.save_pretrained(tmp_path/"small")
+    assert type(export.load_player(str(tmp_path/"small"), [])) is WorldModel and not capsys.readouterr().out
+    player = export.load_player(str(tmp_path/"small"), [str(folders[0]/"onnx"), str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "the fastest that passed" in said and "no manifest" in said and isinstance(player, WorldModel)
+
+
+def test_a_frame_costs_what_is_counted(small):
+    "Twice the players, twice the operations, about; the weights are read once."
+    one, two = (export.frame_cost(small, small.games[0], 4, players=n) for n in (1, 2))
+    assert 1.8 < two.flops / one.flops < 2.2
+    weights = sum(p.nbytes for p in small.dynamics.parameters())
+    assert one.bytes > weights and two.bytes - weights == pytest.approx(2 * (one.bytes - weights))
+    assert export.Cost(1e9, 1e6).seconds(1e12, 1e10) == 1e-3 and export.Cost(1e9, 1e8).seconds(1e12, 1e10) == 1e-2
+
+
+def test_two_results_side_by_side(tmp_path):
+    for name, value in (("one", 20.0), ("two", 30.0)):
+        course.save_results(tmp_path/f"{name}.json", "made up", [course.Figure("fps", value, "FPS", 1), course.Figure(name, 1.0)])
+    table = str(export.compare(tmp_path/"one.json", tmp_path/"two.json"))
+    assert "1.5" in table and "one" in table and len(table.splitlines()) == 3
+    course.save_results(tmp_path/"other.json", "made up", [course.Figure("ms", 1.0)])
+    with pytest.raises(ValueError, match="no figure in common"): export.compare(tmp_path/"one.json", tmp_path/"other.json")
 
 
 # TensorRT
