@@ -201,6 +201,14 @@ def test_chapter_has_a_title_a_setup_cell_and_a_module(path):
     assert not any(re.match(r"#\|\s*eval:\s*false", source) for source, _ in cells)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT/"results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_result_can_be_measured_again_anywhere(path):
+    "Its command names no place of the machine on which it was run."
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert not re.search(r"(?<![\w.])[/~]\w|[A-Za-z]:\\", run["command"]), run["command"]
+    assert run["date"] and run["machine"]["cpu"]
+
+
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.startswith("nbs/")])
 def test_links_lead_somewhere(path):
     text = "\n".join("".join(cell["source"]) for cell in read(path)["cells"] if cell["cell_type"] == "markdown")
