@@ -13,8 +13,8 @@ __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'ENCODER_CARD', 'SECOND', 'HORIZONS', '
            'fact_figures', 'object_figures', 'play_figures', 'recordings', 'entropies', 'lately', 'outside',
            'still_for', 'collapse', 'long_play', 'lasting', 'long_figures', 'Effort', 'measure', 'figure_table',
            'beside', 'strip', 'h264', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'eval_world',
-           'run_eval', 'peak_memory_gb', 'memory_gb', 'opening', 'latencies', 'bench_command', 'soak_figures',
-           'speed_figures', 'bench_tokenizer', 'load_for_bench', 'run_bench']
+           'load_model', 'run_eval', 'peak_memory_gb', 'memory_gb', 'opening', 'latencies', 'bench_command',
+           'soak_figures', 'speed_figures', 'bench_tokenizer', 'run_bench']
 
 # %% ../nbs/08_evaluation.ipynb #62856aac
 import functools
@@ -1183,7 +1183,13 @@ def eval_world(args, effort: Effort, load: Callable) -> tuple[list[course.Figure
     return measure(wm, args.play, args.split, effort, args.seed, args.games), picture
 
 # %% ../nbs/08_evaluation.ipynb #cd9fb8f6
-def run_eval(args, load: Callable = lambda args: WorldModel.from_pretrained(args.model)) -> None:   # load: how a model is loaded
+def load_model(args) -> WorldModel:
+    "The model that the options name, or a size with random weights."
+    size = getattr(args, "size", None)      # an option of `lwm bench` alone
+    return untrained(size).ready() if size else WorldModel.from_pretrained(args.model)
+
+
+def run_eval(args, load: Callable = load_model) -> None:
     "`lwm eval`: the figures of record of a model, or of a tokenizer alone."
     args.model = args.checkpoint or args.model or "nano"
     effort = Effort(4, 2, 100, 1, 64) if args.quick else Effort()
@@ -1315,12 +1321,7 @@ def bench_tokenizer(args, tokenizer: Tokenizer) -> list[course.Figure]:
     return [*figures, course.Figure("parameters", numbers, "", 1), course.Figure("peak_memory_gb", peak_memory_gb(), "GB", 1)]
 
 # %% ../nbs/08_evaluation.ipynb #62df1f1d
-def load_for_bench(args) -> WorldModel:
-    "The model that the options name."
-    return untrained(args.size).ready() if args.size else WorldModel.from_pretrained(args.model)
-
-
-def run_bench(args, load: Callable = load_for_bench) -> None:
+def run_bench(args, load: Callable = load_model) -> None:
     "`lwm bench`: latency, frames per second and memory, in the machine's dtype and in float32; of an engine in its own."
     if args.frames < 1 or min(args.players) < 1: raise ValueError("--frames and --players must be at least 1")
     if args.soak < 0: raise ValueError(f"--soak must not be negative, got {args.soak}")

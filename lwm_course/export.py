@@ -6,7 +6,7 @@
 __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'GPUS', 'seats', 'Seats', 'busy_places', 'BusyHistories',
            'Graph', 'RouteGraph', 'TrunkGraph', 'HeadGraph', 'graphs', 'Backend', 'Parity', 'key_presses',
            'logits_apart', 'parity', 'example', 'input_names', 'write_onnx', 'OnnxRuntime', 'OnnxInt8', 'OpenVino',
-           'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'compared',
+           'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'parity_of',
            'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'Cost', 'frame_cost', 'peaks',
            'roofline_figures', 'compare', 'export_command', 'run_export', 'by_engine', 'eval_command', 'bench_command',
            'run_roofline']
@@ -334,6 +334,7 @@ def write_onnx(run: dict[str, nn.Module],   # of `graphs`
 class OnnxRuntime:
     "ONNX Runtime, CPU."
     packages, extra, suffix, precision = ("onnx", "onnxscript", "onnxruntime"), "export", ".onnx", "float32"
+    gpu, cards = False, ()      # whether it needs one, and for which it is built
 
     @staticmethod
     def write(onnx: Path, file: Path) -> None:
@@ -369,6 +370,7 @@ class OnnxInt8(OnnxRuntime):
 class OpenVino:
     "OpenVINO, CPU."
     packages, extra, suffix, precision = ("onnx", "onnxscript", "openvino"), "export", ".xml", "float32"
+    gpu, cards = False, ()
 
     @staticmethod
     @functools.cache    # never freed: its plugin lends this thread a stack for signals, and another thread that freed it would take it
@@ -416,7 +418,7 @@ class TensorRT:
     package: str                 # "tensorrt" or "tensorrt_rtx"
     extra: str                   # that installs it
     cards: tuple[str, ...] = ()  # of `CARDS`, to build for; none: the card in this machine
-    suffix, precision = ".engine", "float16"
+    suffix, precision, gpu = ".engine", "float16", True
 
     @property
     def packages(self): return "onnx", "onnxscript", "onnxruntime", self.package
@@ -468,7 +470,7 @@ def _on_gpu(trt, file: Path) -> Callable:   # tensors -> tensors
 
 TARGETS = {"onnx": OnnxRuntime, "onnx-int8": OnnxInt8, "openvino": OpenVino, "tensorrt": TensorRT("tensorrt", "tensorrt"),
            "tensorrt-rtx": TensorRT("tensorrt_rtx", "rtx", tuple(CARDS))}
-CPU = "onnx", "onnx-int8", "openvino"     # engines for every machine
+CPU = tuple(target for target, engine in TARGETS.items() if not engine.gpu)     # engines for every machine
 
 # %% ../nbs/14_export.ipynb #exp00037
 def shapes_of(inputs: tuple, axes: tuple) -> list[list]:
@@ -509,18 +511,17 @@ def file_hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 # %% ../nbs/14_export.ipynb #exp00074
-def compared(wm: WorldModel, folder: Path, manifest: dict,
-             onnx: dict[str, Path],   # the files from which the engine was made
-             steps: int,              # of the parity check
-             games: list[str]         # to play
-             ) -> dict:               # "parity", of each game; "played_by"
+def parity_of(wm: WorldModel, folder: Path, manifest: dict,
+              onnx: dict[str, Path],   # the files from which the engine was made
+              steps: int,              # of the parity check
+              games: list[str]         # to play
+              ) -> dict:               # "parity", of each game; "played_by"
     "How an engine plays; one that needs a GPU, where there is none, has its ONNX files played by ONNX Runtime instead."
-    if not isinstance(TARGETS[manifest["target"]], TensorRT) or torch.cuda.is_available():
-        backend, by = _load(wm, folder, manifest), manifest["target"]
-    else:
+    if TARGETS[manifest["target"]].gpu and not torch.cuda.is_available():
         run = {name: checked(name, OnnxRuntime.load(file), manifest["shapes"][name]) for name, file in onnx.items()}
-        backend, by = Backend(wm, run, "onnx", manifest["precision"]), "onnx"
-    return {"parity": [asdict(parity(wm, backend, game, steps)) for game in games], "played_by": by}
+        backend = Backend(wm, run, "onnx", manifest["precision"])
+    else: backend = _load(wm, folder, manifest)
+    return {"parity": [asdict(parity(wm, backend, game, steps)) for game in games], "played_by": backend.name}
 
 # %% ../nbs/14_export.ipynb #exp00041
 def export(wm: WorldModel,        # in float32, on the CPU
@@ -534,7 +535,7 @@ def export(wm: WorldModel,        # in float32, on the CPU
     for engine in engines.values():
         for package in engine.packages: course.require(package, extra=engine.extra)
     given = example(wm, Backend(wm, run := graphs(wm)))
-    shapes, manifests = {name: shapes_of(*of) for name, of in given.items()}, {}
+    shapes, manifests, source = {name: shapes_of(*of) for name, of in given.items()}, {}, source_hash(wm)
     with tempfile.TemporaryDirectory() as room:
         onnx = write_onnx(run, given, Path(room))
         opset = course.require("onnx", extra="export").load(onnx["head"]).opset_import[0].version
@@ -547,10 +548,10 @@ def export(wm: WorldModel,        # in float32, on the CPU
                 for name, file in files.items(): write_half(onnx[name], file)
             for name, file in files.items(): engine.write(file, folder / f"{name}{engine.suffix}")
             manifests[target] = dict(
-                target=target, source=source_hash(wm), opset=opset, precision=engine.precision, shapes=shapes,
+                target=target, source=source, opset=opset, precision=engine.precision, shapes=shapes,
                 files={file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.stem in GRAPHS},
-                tools={package: version(package) for package in ("torch", *engine.packages)}, cards=getattr(engine, "cards", ()))
-            manifests[target] |= compared(wm, folder, manifests[target], files, steps, games or wm.games)
+                tools={package: version(package) for package in ("torch", *engine.packages)}, cards=engine.cards)
+            manifests[target] |= parity_of(wm, folder, manifests[target], files, steps, games or wm.games)
             course.write_json(folder / "manifest.json", manifests[target])
     return manifests
 

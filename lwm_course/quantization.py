@@ -422,8 +422,8 @@ def divergence(reference: Dynamics,   # whose answers count as right
     apart = lambda sign: F.logsigmoid(sign * gate) - F.logsigmoid(sign * gate2)
     change, off = gate < 0, gate.sigmoid() * apart(1) + gate.neg().sigmoid() * apart(-1)
     kl = lambda right, own: F.kl_div(own, right, reduction="none", log_target=True).sum(-1)
-    both = [(model, x[change]) for model, x in ((reference, out), (other, out2))]
-    origins = [model.origins(x, context.onward(model)[change]) for model, x in both]
+    both, onward = [(model, x[change]) for model, x in ((reference, out), (other, out2))], context.onward(reference)[change]
+    origins = [model.origins(x, onward) for model, x in both]
     into = kl(*origins)
     for (rows, _, fit), (_, _, fit2) in zip(*(model.names(x, motion.of_clip(context.game, change)) for model, x in both)):
         into[rows] += origins[0][rows, -1].exp() * kl(fit.log_softmax(-1), fit2.log_softmax(-1))

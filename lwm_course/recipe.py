@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from . import course, data, training
-from .dynamics import (DYNAMICS_SIZES, NANO_GAMES, Dynamics, DynamicsConfig, Recipe, WorldModel, dynamics_loss,
-                                 evaluate)
+from .dynamics import DYNAMICS_SIZES, NANO_GAMES, Dynamics, DynamicsConfig, Recipe, WorldModel, dynamics_loss, evaluate
 from .motion import TokenClips, tokenize
 from .tokenizer import PLACED, QUANTIZERS, TOKENIZER_SIZES, Tokenizer, TokenizerConfig, data_hash, train_tokenizer
 
