@@ -1186,7 +1186,7 @@ def eval_world(args, effort: Effort, load: Callable) -> tuple[list[course.Figure
 def load_model(args) -> WorldModel:
     "The model that the options name, or a size with random weights."
     size = getattr(args, "size", None)      # an option of `lwm bench` alone
-    return untrained(size).ready() if size else WorldModel.from_pretrained(args.model)
+    return untrained(size, args.frame_size).ready() if size else WorldModel.from_pretrained(args.model)
 
 
 def run_eval(args, load: Callable = load_model) -> None:
@@ -1252,13 +1252,13 @@ def bench_command(parser) -> None:
     "Options of `lwm bench`."
     parser.add_argument("--model", default="nano", help="shipped name, folder or Hub id, of a world model or of a tokenizer (default: nano)")
     parser.add_argument("--size", choices=list(DYNAMICS_SIZES), help="instead of a model: this size, with random weights")
-    parser.add_argument("--game", help="game to play (default: the model's first)")
+    parser.add_argument("--frame-size", type=int, help="of --size: pixels per side (default: its own)")
+    parser.add_argument("--game", help="game to play (default: the first)")
     parser.add_argument("--frames", type=int, default=300, help="measured frames, after 50 for warm-up (default: 300)")
     parser.add_argument("--players", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="players per batch (default: 1 2 4 8 16)")
     parser.add_argument("--soak", type=int, default=0, metavar="STEPS", help="also play so many: does memory grow?")
-    parser.add_argument("--play", default="data_samples", help="recorded play from which a tokenizer takes its frames "
-                        "(default: the samples of the repository)")
-    parser.add_argument("--json", help="write the figures to this file, for example results/bench.json")
+    parser.add_argument("--play", default="data_samples", help="play from which a tokenizer takes frames (default: data_samples)")
+    parser.add_argument("--json", help="write the figures to this file")
     parser.set_defaults(run=run_bench)
 
 # %% ../nbs/08_evaluation.ipynb #c3a1f0e1

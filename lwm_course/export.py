@@ -8,8 +8,8 @@ __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'GPUS', 'se
            'logits_apart', 'parity', 'example', 'input_names', 'write_onnx', 'OnnxRuntime', 'OnnxInt8', 'OpenVino',
            'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'parity_of',
            'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'Cost', 'frame_cost', 'peaks',
-           'roofline_figures', 'compare', 'export_command', 'run_export', 'by_engine', 'eval_command', 'bench_command',
-           'run_roofline']
+           'roofline_figures', 'compare', 'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command',
+           'run_export', 'by_engine', 'eval_command', 'bench_command', 'run_roofline']
 
 # %% ../nbs/14_export.ipynb #exp00005
 import functools, hashlib, json, logging, tempfile, time, warnings
@@ -111,6 +111,12 @@ class Graph(nn.Module):
         self.net, self.places = net, net.config.positions + 1
         for name, table in (("reading", net.reading()), ("ways", net.ways())): self.register_buffer(name, table.detach(), persistent=False)
 
+    def near(self, frame: Tensor, table: Tensor, rows: Seats, margin: int) -> Tensor:   # (B, h, w) -> (B * (K-1), side² * C)
+        "As `Dynamics.around`, for each seat but the first."
+        frame = F.pad(frame, (self.net.config.reach,) * 4, value=margin).flatten(1)
+        window = self.net.windows[rows.place.view(rows.shape)[:, 1:]]
+        return F.embedding(frame.gather(1, window.flatten(1)).view(window.shape), table).flatten(2).flatten(0, 1)
+
 
 class RouteGraph(Graph):
     "Where something happens in a new frame."
@@ -133,55 +139,54 @@ class TrunkGraph(Graph):
     inputs = "recent", "tokens", "moved", "onward", "means", "slots", "busy", "action", "game", "states"
     outputs = "features", "next"
 
-    def near(self, frame: Tensor, table: Tensor, rows: Seats, margin: int) -> Tensor:   # (B, h, w) -> (B, K-1, side² * C)
-        "The tokens at the position of each seat but the first, and around it, as rows of a table."
-        frame = F.pad(frame, (self.net.config.reach,) * 4, value=margin).flatten(1)
-        window = self.net.windows[rows.place.view(rows.shape)[:, 1:]]
-        return F.embedding(frame.gather(1, window.flatten(1)).view(window.shape), table).flatten(2)
-
     def forward(self, recent, tokens,                # as of `RouteGraph`
                 moved,                               # (B, h, w), of `Shifts.came`
                 onward, means,                       # as of `RouteGraph`, from there
                 slots, busy,                         # from `seats`, `busy_places`
                 action, game,                        # (B,)
                 *states: Tensor                      # of each block: window (B, P, k-1, channels), state (B, P, H, P', S)
-                ) -> tuple[Tensor, ...]:             # features (B, P, D), the states after this frame
+                ) -> tuple[Tensor, ...]:             # features (B, P, D + group² * detail), the states after this frame
         "The second half of `Dynamics.look`."
         net, rows, after = self.net, Seats(slots, self.places), []
         histories, condition = BusyHistories(rows, busy), net.condition(action[:, None], game)[:, 0]
         whole = net.overview(F.adaptive_avg_pool2d(means, 4).flatten(1))
         seen, way = (lambda frame: self.near(frame, self.reading, rows, net.mask)), lambda frame: self.near(frame, self.ways, rows, STAYED)
-        near = net.enter(seen(tokens)) + net.enter_before(seen(recent[:, -1])) + net.enter_motion(way(moved)) + net.enter_onward(way(onward))
-        x = net.place[rows.place] + torch.cat([whole[:, None], near], 1).flatten(0, 1)
+        near, detail = net.entering(seen(tokens), seen(recent[:, -1]), way(moved), way(onward))
+        with_whole = lambda first, others: torch.cat([first[:, None], others.unflatten(0, (rows.frames, -1))], 1).flatten(0, 1)
+        x = net.place[rows.place] + with_whole(whole, near)
         for i, (block, bias) in enumerate(zip(net.trunk, net.trunk_offsets(rows))):
             state = states[2 * i:2 * i + 2]
             x, part = block(x, condition, bias, rows, histories, tuple(map(histories.busy.collect, state)))
             after += histories.fade(block.time, state, part)
-        return rows.spread(x), *after
+        detail = detail.flatten(1)
+        return rows.spread(torch.cat([x, with_whole(detail.new_zeros(rows.frames, detail.shape[1]), detail)], 1)), *after
 
 # %% ../nbs/14_export.ipynb #exp00020
 class HeadGraph(Graph):
     "Answer a key."
-    inputs, outputs = ("features", "slots", "known", "onward", "action", "game"), ("out", "gate")
+    inputs, outputs = ("features", "slots", "tokens", "onward", "known", "action", "game"), ("out", "gate")
 
     def __init__(self, net: Dynamics):
         super().__init__(net)
         self.register_buffer("leads", net.leads().detach(), persistent=False)
 
-    def forward(self, features, slots,   # as above
+    def forward(self, features, slots, tokens, onward,   # as above
                 known: Tensor,           # (B, h, w), tokens of the next frame
-                onward, action, game     # as above
+                action, game             # as above
                 ) -> tuple[Tensor, Tensor]:   # embeddings (B, K-1, group², 2 * E) and copy logits (B, K-1, group²) of seats
         "`Dynamics.predict`."
-        net, rows = self.net, Seats(slots, self.places)
-        cells = net.cells[rows.place.view(rows.shape)[:, 1:]]            # (B, K-1, group²)
-        own = lambda frame, table: F.embedding(frame.flatten(1).gather(1, cells.flatten(1)).view(cells.shape), table)
-        x = net.again(rows.collect(features)).unflatten(0, rows.shape)
-        x = torch.cat([x[:, :1], x[:, 1:] + net.enter_next(own(known, self.reading).flatten(2))], 1).flatten(0, 1)
+        net, rows, E = self.net, Seats(slots, self.places), self.net.config.token_width
+        near = self.near(known, self.reading, rows, net.mask) + self.near(net.news(tokens, known), net.settled.weight, rows, 0)
+        features, detail = (x.unflatten(0, rows.shape) for x in rows.collect(features).tensor_split([net.config.width], -1))
+        x = net.again(features)
+        x = torch.cat([x[:, :1], x[:, 1:] + net.enter_next(net.inner(near)).view_as(x[:, 1:])], 1).flatten(0, 1)
         condition = net.condition(action[:, None], game)[:, 0]
         for block, offsets in zip(net.head, net.head_offsets(rows)): x, _ = block(x, condition, offsets, rows)
-        out = net.leave(x.unflatten(0, rows.shape)[:, 1:]).unflatten(-1, (-1, 2 * net.config.token_width)) + own(onward, self.leads)
-        return out, net.gate(out[..., :net.config.token_width])[..., 0]
+        cells = net.cells[rows.place.view(rows.shape)[:, 1:]]            # (B, K-1, group²)
+        leads = F.embedding(onward.flatten(1).gather(1, cells.flatten(1)).view(cells.shape), self.leads)
+        out = net.leave(x.unflatten(0, rows.shape)[:, 1:]).unflatten(-1, (-1, 2 * E)) + leads
+        out = net.each(out.flatten(0, 1), detail[:, 1:].flatten(0, 1), near).view_as(out)
+        return out, net.gate(out[..., :E])[..., 0]
 
 # %% ../nbs/14_export.ipynb #exp00021
 GRAPHS = {"head": HeadGraph, "route": RouteGraph, "trunk": TrunkGraph}
@@ -211,7 +216,7 @@ class _Answers(WorldModel):
     def answer(self, state: PlayState, key: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         "As in `WorldModel`: what the head's graph gives, at its tokens; elsewhere a copy is certain."
         slots = seats(state.active)
-        found = self.run["head"](state.features, slots, known, state.onward, key, state.game)
+        found = self.run["head"](state.features, slots, state.tokens, state.onward, known, key, state.game)
         player, seat = (slots[:, 1:] < self.dynamics.config.positions).nonzero().unbind(1)
         where = player[:, None], self.dynamics.cells[slots[player, seat + 1]]
         rest = found[0].new_zeros(*known.flatten(1).shape, found[0].shape[-1]), found[1].new_full(known.flatten(1).shape, SURE)
@@ -301,7 +306,7 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
     at, every, after = {0: players[0], 1: seat}, (players,) * len(states), (key, state.game)
     clone = lambda *tensors: tuple(t.clone() for t in tensors)     # outside inference mode: plain tensors
     return {
-        "head": (clone(state.features, slots, state.tokens, state.onward, *after), (players, at, *(players,) * 4)),
+        "head": (clone(state.features, slots, state.tokens, state.onward, state.tokens, *after), (players, at, *(players,) * 5)),
         "route": (clone(recent, state.tokens, state.onward, *after), (players,) * 5),
         "trunk": (clone(recent, state.tokens, moved, state.onward, means, slots, busy_places(state.active, states[0]), *after, *states),
                   (*(players,) * 5, at, {0: players[0], 1: busy}, players, players, every))}
@@ -720,6 +725,60 @@ def compare(before: str | Path, after: str | Path) -> course.Table:   # results 
     return course.Table([{"game": game, "figure": name, Path(before).stem: a, Path(after).stem: b, "unit": unit, "ratio": ratio(a, b)}
                          for (game, name), a, b, unit in rows])
 
+# %% ../nbs/14_export.ipynb #page0002
+def bench_rows(files: list[str | Path]  # results of `lwm bench`
+               ) -> dict[str, dict]:    # name of a file -> its figures by name, and "machine", "command", "date"
+    "Benchmarks of world models; any other file raises ValueError."
+    runs = {}
+    for file in map(Path, files):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        figures = {f["name"]: f for f in run.get("figures", [])}
+        if "latency_p50_ms" not in figures: raise ValueError(f"{file} is not a benchmark of a world model: leave it out")
+        runs[file.stem] = {key: run[key] for key in ("machine", "command", "date")} | figures
+    return runs
+
+
+def bench_table(runs: dict[str, dict]  # of `bench_rows`
+                ) -> course.Table:
+    "One row for each: start, latency from key to pixels, frames per second, memory."
+    columns = {"start, s": "load_s", "p50, ms": "latency_p50_ms", "p95, ms": "latency_p95_ms", "p99, ms": "latency_p99_ms",
+               "FPS": "fps", "memory, GB": "peak_memory_gb", "parameters": "parameters"}
+    return course.Table([{"run": name, "arithmetic": run["fps"]["source"].split(",")[0], "instructions": run["machine"]["torch_capability"]} |
+                         {title: run[key]["value"] for title, key in columns.items()} | {"command": run["command"], "date": run["date"][:10]}
+                         for name, run in runs.items()])
+
+# %% ../nbs/14_export.ipynb #page0003
+def bench_plot(runs: dict[str, dict]  # of `bench_rows`
+               ):
+    "Latency, and frames per second of all players together by the size of the batch. Returns the matplotlib figure."
+    figure = course.require("matplotlib.figure", extra="train").Figure(figsize=(9, 0.8 + max(2.2, 0.4 * len(runs))), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    middle, late = ([run[f"latency_p{q}_ms"]["value"] for run in runs.values()] for q in (50, 95))
+    left.barh(list(runs), middle, xerr=[[0] * len(runs), np.subtract(late, middle)], color="0.7", capsize=3)
+    left.invert_yaxis()
+    left.set(xscale="log", xlabel="ms from key to pixels, one player: p50, and up to p95")
+    for name, run in runs.items():
+        players = sorted(int(key.removeprefix("fps_players_")) for key in run if key.startswith("fps_players_"))
+        right.plot(players, [run[f"fps_players_{n}"]["value"] for n in players], marker="o", label=name)
+    ticks = sorted({int(n) for line in right.lines for n in line.get_xdata()})
+    right.set(xlabel="players in a batch", ylabel="frames per second, of all", yscale="log")
+    right.set_xscale("log", base=2)
+    right.set_xticks(ticks, map(str, ticks))
+    right.legend(frameon=False, fontsize="small")
+    for ax in (left, right): ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def bench_page(files: list[str | Path], folder: str | Path) -> course.Table:   # results of `lwm bench`; made when missing
+    "Write `bench.md` and `bench.png`; says so if the machines are not alike."
+    runs, folder = bench_rows(files), Path(folder)
+    table, machines = bench_table(runs), {(run["machine"]["cpu"], run["machine"]["cores"], run["machine"]["gpu"]) for run in runs.values()}
+    said = "Measured on several machines: the rows are not comparable." if len(machines) > 1 else "{}, {} cores, GPU: {}.".format(*machines.pop())
+    with course.atomic(folder / "bench.png") as temporary: bench_plot(runs).savefig(temporary, format="png")
+    text = f"# Benchmark\n\n{said}\n\n![Latency of each run; frames per second by players](bench.png)\n\n{table._repr_markdown_()}\n"
+    with course.atomic(folder / "bench.md") as temporary: temporary.write_text(text, encoding="utf-8")
+    return table
+
 # %% ../nbs/14_export.ipynb #exp00052
 def export_command(parser) -> None:
     "Options of `lwm export`."
@@ -767,8 +826,14 @@ def bench_command(parser) -> None:
     by_engine(parser, evaluation.bench_command, evaluation.run_bench)
     parser.add_argument("--roofline", action="store_true", help="instead: a frame's cost, this machine's peaks, projections for cards")
     parser.add_argument("--compare", metavar="FILE", nargs=2, help="instead: print two results files side by side")
+    parser.add_argument("--page", metavar="FILE", nargs="+", help="instead: a table and a plot of results files, in --out")
+    parser.add_argument("--out", metavar="FOLDER", default="out/bench", help="where --page writes bench.md and bench.png (default: out/bench)")
     measure = parser.get_default("run")
-    parser.set_defaults(run=lambda args: print(compare(*args.compare)) if args.compare else run_roofline(args) if args.roofline else measure(args))
+    def run(args):
+        if args.compare: print(compare(*args.compare))
+        elif args.page: print(bench_page(args.page, args.out), f"{args.out}/bench.md", sep="\n")
+        else: (run_roofline if args.roofline else measure)(args)
+    parser.set_defaults(run=run)
 
 
 def run_roofline(args) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'REACH', 'FEW', 'STAYED', 'NEW', 'ANY', 'MOVED', 'shifts', 'Motion', 'ranks', 'Shifts', 'Came', 'Onward',
-           'Rows', 'Histories', 'explain', 'tokenize', 'read_tokens', 'clip_of', 'matches_of', 'unspoilt', 'of_clip',
-           'batch_of', 'TokenClips', 'corrupt', 'vanish']
+           'grouped', 'Rows', 'Histories', 'Offsets', 'SpatialAttention', 'explain', 'tokenize', 'read_tokens',
+           'clip_of', 'matches_of', 'unspoilt', 'of_clip', 'batch_of', 'TokenClips', 'corrupt', 'vanish']
 
 # %% ../nbs/06b_motion.ipynb #mot00005
 import zipfile, zlib
@@ -199,6 +199,14 @@ class Onward(nn.Module):
         reached = torch.full((moved.numel() + 1,), STAYED, device=moved.device)
         return reached.scatter_reduce(0, there.flatten(), way.repeat_interleave(4), "amax")[:-1].view_as(moved)
 
+# %% ../nbs/06b_motion.ipynb #grouped1
+def grouped(x: Tensor,   # (..., h, w)
+            group: int   # tokens per side of a position
+            ) -> Tensor: # (..., P, group²)
+    "The tokens of each position, side by side."
+    x = x.unflatten(-1, (-1, group)).unflatten(-3, (-1, group))       # (..., side, group, side, group)
+    return x.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
 # %% ../nbs/06b_motion.ipynb #events01
 class Rows:
     "What is computed of a batch of clips: a row for each position of a frame where something happens, and one for the frame."
@@ -242,6 +250,40 @@ class Histories:
     def back(self, x: Tensor) -> Tensor:
         "The inverse of `of`."
         return x.flatten(0, 1)[self.when]
+
+# %% ../nbs/06b_motion.ipynb #44bce692
+class Offsets(nn.Module):
+    "A learned number per relative offset and attention head (Swin, Liu et al. 2021, 3.2), for several layers at once."
+    def __init__(self, layers: int, heads: int, side: int):
+        super().__init__()
+        self.heads, P = heads, side ** 2
+        y, x = (v.flatten() for v in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+        kinds = (2 * side - 1) ** 2
+        offset = torch.full((P + 1, P + 1), kinds)                 # the last place is the whole frame: at an offset of its own
+        offset[:P, :P] = (y[:, None] - y + side - 1) * (2 * side - 1) + (x[:, None] - x + side - 1)
+        self.register_buffer("offset", offset, persistent=False)
+        self.bias = nn.Embedding(kinds + 1, heads * layers)
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, rows: Rows) -> tuple[Tensor, ...]:   # of each layer, (F, heads, most, most)
+        "What to add to the scores; empty seats are not looked at."
+        place, taken = rows.by_frame(rows.place), rows.by_frame(torch.ones_like(rows.place))
+        bias = self.bias(self.offset[place[:, :, None], place[:, None]]).permute(0, 3, 1, 2)
+        return bias.masked_fill(taken[:, None, None] == 0, -1e4).unflatten(1, (-1, self.heads)).unbind(1)
+
+
+class SpatialAttention(nn.Module):
+    "Attention between the rows of one frame."
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor,      # (N, D)
+                bias: Tensor,         # of `Offsets`
+                rows: Rows) -> Tensor:
+        q, k, v = rows.by_frame(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (F, heads, most, D / heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.out(rows.from_frame(y.transpose(1, 2).flatten(2)))
 
 # %% ../nbs/06b_motion.ipynb #mot00024
 def explain(motion: Shifts,

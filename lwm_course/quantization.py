@@ -171,7 +171,7 @@ class Context:
         came_by = F.pad(self.actions, (1, 0))[:, :-1]
         tokens, moved, onward = self.tokens[:, :-1], self.moved[:, :-1], self.onward(model)
         features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, remember=False)
-        return model.predict(features, active, torch.full_like(tokens, model.mask), onward, self.actions, self.game)
+        return model.predict(features, active, tokens, onward, torch.full_like(tokens, model.mask), self.actions, self.game)
 
 # %% ../nbs/13_quantization.ipynb #q13c034
 def stored(module: nn.Module) -> list[str]:

@@ -165,7 +165,7 @@ def test_every_key_and_every_game_counts():
     net, tokens = Dynamics(small()).eval(), torch.randint(40, (1, 1, 8, 8))
     game, mask = torch.tensor([0]), torch.full((1, 1, 8, 8), 40)
     features, active, _, _ = look(net, tokens, torch.zeros_like(tokens), torch.zeros(1, 1, dtype=torch.long), game)
-    ask = lambda key, game: net.predict(features, active, mask, torch.zeros_like(tokens), torch.tensor([[key]]), game)[1]
+    ask = lambda key, game: net.predict(features, active, tokens, torch.zeros_like(tokens), mask, torch.tensor([[key]]), game)[1]
     gates = [*(ask(key, game) for key in (-1, 0, 1, 2, 3)), ask(0, torch.tensor([1]))]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(gates) for b in gates[:i])
 
@@ -256,21 +256,58 @@ def test_guidance(world):
     assert torch.equal(world.step(state, [0, 1, 3], guidance=0.0)[0], world.step(state, [3, 2, 1], guidance=0.0)[0])
 
 
-def test_refinement_settles_changes_pass_by_pass(monkeypatch):
-    "What stays is surest of all: if it were counted, no change would be settled before the last pass."
-    world, asked = small_world(), []
-    torch.nn.init.constant_(world.dynamics.gate.bias, -1.0)         # most tokens of a row change,
-    torch.nn.init.normal_(world.dynamics.shift.weight)              # ... and come from somewhere
-    head = world.head
-    monkeypatch.setattr(world, "head", lambda state, action, known, guidance: asked.append(known) or head(state, action, known, guidance))
+def by_gates(world, monkeypatch, gates):
+    "The world's head, but with other copy logits: `gates(known)`. Returns what was known in each pass."
+    asked, head = [], world.head
+    def answer(state, action, known, guidance):
+        asked.append(known)
+        return head(state, action, known, guidance)[0], gates(known)
+    monkeypatch.setattr(world, "head", answer)
+    return asked
+
+
+def test_one_ball_in_several_passes_none_in_one(monkeypatch):
+    "Four places share the odds of a ball, and each pass knows which are settled: the last one left is sure to have it."
+    world, places = small_world(), torch.tensor([18, 19, 41, 54])      # of 64 tokens
+    torch.nn.init.normal_(world.dynamics.shift.weight)
+    def gates(known):
+        gate = torch.full(known.shape, 20.0)
+        for own, tokens in zip(gate.flatten(1), known.flatten(1)):
+            left = places[tokens[places] == world.dynamics.mask]
+            own[left] = math.log(len(left) - 1) + 0.01 * torch.arange(len(left)) if len(left) > 1 else -20.0
+        return gate
     frames, keys = play_of(2)
     state = world.start(frames, keys, PONG)
-    tokens, _ = world.next_tokens(state, torch.tensor([1, 2]), refine=3)
-    changes, known = (tokens != state.tokens).flatten(1).sum(1), [known != world.dynamics.mask for known in asked]
-    assert not known[0].any() and all((a <= b).all() for a, b in zip(known, known[1:])) and (changes > 6).all()
-    settled = [(k & (tokens != state.tokens)).flatten(1).sum(1) / changes for k in known]
-    assert (settled[1] > 0.15).all() and (settled[2] > settled[1]).all() and (settled[2] < 0.95).all()
-    assert all(torch.equal(asked[2][k], tokens[k]) for k in known[1:])
+    asked = by_gates(world, monkeypatch, gates)
+    def changes(refine):
+        asked.clear()
+        tokens, by = world.next_tokens(state, torch.tensor([1, 2]), refine=refine)
+        return ((tokens != state.tokens) | (by >= 0)).flatten(1).nonzero()[:, 1].tolist()
+    assert changes(1) == [] and len(asked) == 1
+    assert changes(8) == [18, 18]                                       # the likeliest of four, for each of two players
+    known = [(k != world.dynamics.mask).flatten(1).sum(1).tolist() for k in asked]
+    assert known == [[0, 0], [62, 62], [63, 63]]                        # what is sure, and the surer half of the rest; then all is sure
+
+
+def test_where_nothing_is_in_doubt_one_pass_is_enough(monkeypatch):
+    world = small_world()
+    frames, keys = play_of(2)
+    state = world.start(frames, keys, PONG)
+    chance = torch.randn(state.tokens.shape, generator=torch.Generator().manual_seed(0))
+    asked = by_gates(world, monkeypatch, lambda known: 10 * chance.sign())
+    tokens, _ = world.next_tokens(state, torch.tensor([1, 2]), refine=5)
+    assert len(asked) == 1 and torch.equal(tokens, world.next_tokens(state, torch.tensor([1, 2]))[0])
+
+
+def test_in_training_the_head_is_shown_what_it_is_sure_of():
+    gate = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]).repeat(3, 40, 20, 1)     # (B, T, h, w)
+    target = torch.zeros(gate.shape, dtype=torch.long)
+    answer = lambda known: (None, gate)
+    torch.manual_seed(0)
+    open_ = dynamics.hidden(target, answer, 7, 6, Recipe(doubt=3)).float()
+    assert not open_[..., [0, 4]].any() and 0.5 < open_[..., 1:4].mean() < 0.8          # the root of a uniform number: two thirds
+    assert dynamics.hidden(target, answer, 7, 5, Recipe(doubt=3, masked=1.0)).all()     # the other steps: nothing is shown
+    assert dynamics.hidden(target, answer, 7, 6, Recipe(doubt=0, masked=1.0)).all()
 
 
 @pytest.mark.parametrize("temperature, refine", [(0.0, 1), (1.0, 1), (1.0, 3)])

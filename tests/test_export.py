@@ -261,6 +261,29 @@ def test_two_results_side_by_side(tmp_path):
     with pytest.raises(ValueError, match="no figure in common"): export.compare(tmp_path/"one.json", tmp_path/"other.json")
 
 
+def test_benchmarks_side_by_side_on_a_page(tmp_path):
+    def write(name, ms, players=(1, 4)):
+        figures = [course.Figure(key, value, unit, 9, source="int8, 1 player") for key, value, unit in
+                   [("load_s", 0.5, "s"), ("fps", 1000 / ms, "FPS"), ("peak_memory_gb", 1.0, "GB"), ("parameters", 7.0, "")]
+                   + [(f"latency_p{q}_ms", ms + q / 100, "ms") for q in (50, 95, 99)] + [(f"fps_players_{n}", 900 * n / ms, "FPS") for n in players]]
+        course.save_results(tmp_path/f"{name}.json", f"lwm bench --json {name}.json", figures, 0)
+        return tmp_path/f"{name}.json"
+    one, two = write("one", 10.0), write("two", 5.0, (1,))
+    table = str(export.bench_page([one, two], tmp_path/"page"))
+    assert all(word in table for word in ("one", "two", "int8", "10.5", "200", "lwm bench --json two.json"))
+    page = (tmp_path/"page"/"bench.md").read_text()
+    assert "several machines" not in page and "(bench.png)" in page and "| two" in page and (tmp_path/"page"/"bench.png").read_bytes()[:4] == b"\x89PNG"
+    lines = export.bench_plot(export.bench_rows([one, two])).axes[1].lines
+    assert [list(line.get_xdata()) for line in lines] == [[1, 4], [1]] and list(lines[0].get_ydata()) == [90.0, 360.0]
+    other = json.loads(two.read_text())
+    other["machine"]["cpu"] = "another"
+    two.write_text(json.dumps(other))
+    export.bench_page([one, two], tmp_path/"page")
+    assert "several machines" in (tmp_path/"page"/"bench.md").read_text()
+    course.save_results(tmp_path/"else.json", "by hand", [course.Figure("skill", 0.5, "", 1)], 0)
+    with pytest.raises(ValueError, match="else.json is not a benchmark"): export.bench_page([one, tmp_path/"else.json"], tmp_path/"page")
+
+
 # TensorRT
 
 @pytest.fixture(scope="module")
