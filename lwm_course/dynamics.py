@@ -54,6 +54,7 @@ class DynamicsConfig:
     scan_head: int = 32     # ... and its P
     most: int = 32          # positions that are computed per frame at most ...
     least: float = 0.02     # ... namely those that change with this probability or more; 0: any
+    guidance: float = 1.5   # how much the key counts in play; 1: as it was learned
     fps: int = 15           # frames per second of play
 
     def __post_init__(self):
@@ -734,12 +735,13 @@ class _Answers(_Starts):
         out, gate = self.dynamics.predict(*now, state.game)
         return out[:, 0], gate[:, 0]
 
-    def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float = 1.0) -> tuple[Tensor, Tensor]:
-        "The same, guided by the key."
-        own = self.answer(state, action, known)
-        if guidance == 1: return own
-        free = self.answer(state, torch.full_like(action, -1), known)
-        return tuple(f + guidance * (o - f) for f, o in zip(free, own))
+    def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
+        "The same, guided by the key: asked with it and without, as two players of one batch."
+        if guidance is None: guidance = self.dynamics.config.guidance
+        if guidance == 1: return self.answer(state, action, known)
+        twice = {name: torch.cat([part, part]) for name in ("features", "active", "tokens", "onward", "game") for part in [getattr(state, name)]}
+        answers = self.answer(replace(state, **twice), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
+        return tuple(torch.lerp(free, own, guidance) for own, free in (answer.chunk(2) for answer in answers))
 
     @torch.inference_mode()
     def logits(self, state: PlayState, action: Tensor) -> Tensor:  # (B, h, w, codebook)
@@ -784,7 +786,7 @@ class _Chooses(_Answers):
 class _Refines(_Chooses):
     "How the next frame is chosen, in one pass of the head or in several."
     @torch.inference_mode()
-    def next_tokens(self, state: PlayState, action: Tensor, temperature: float = 0.0, refine: int = 1, guidance: float = 1.0
+    def next_tokens(self, state: PlayState, action: Tensor, temperature: float = 0.0, refine: int = 1, guidance: float | None = None
                     ) -> tuple[Tensor, Tensor]:   # (B, h, w) each: tokens, and by which shift they come (-1: none)
         "Choose the next frame, in at most so many passes; the surest tokens first (MaskGIT, Chang et al. 2022, section 3.2)."
         if temperature < 0: raise ValueError(f"temperature must not be negative, got {temperature}")
@@ -829,7 +831,7 @@ class _Plays(_Refines):
              action: Tensor | list[int] | int,  # (B,) index of the held key, one for each player
              temperature: float = 0.0,          # 0: the most likely frame; 1: as random as the game seemed in training
              refine: int = 1,                   # passes of the head
-             guidance: float = 1.0              # 0: the key is ignored; above 1: its effect is exaggerated
+             guidance: float | None = None      # 0: the key is ignored; above 1: its effect is exaggerated; None: the model's own
              ) -> tuple[Tensor, PlayState]:     # frames uint8 (B, H, W, 3), the next state
         "One frame of play. The same seed and the same keys give the same frames."
         action = self.keys(state, action)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def small(**options):
     "A configuration of a few thousand weights, for frames of 64 pixels."
     return DynamicsConfig(**{**dict(games=GAMES, grid=8, codebook=40, code=2, group=2, token_width=8, width=64, depth=2, head_depth=1,
-                                    attention_heads=2),
+                                    attention_heads=2, guidance=1.0),
                              **options})
 
 
