@@ -335,7 +335,8 @@ class _Trunk(_Routes):
         for block, bias, state in zip(self.trunk, self.trunk_offsets(rows), memory.blocks):
             x, state = block(x, condition, bias, rows, histories, state)
             states.append(state)
-        x = torch.cat([x, x.new_zeros(len(x), detail[0].numel()).index_copy(0, rows.local, detail.flatten(1))], 1)
+        detail = detail.flatten(1)
+        x = torch.cat([x, x.new_zeros(len(x), detail.shape[1]).index_copy(0, rows.local, detail)], 1)
         features = x.new_zeros(active.numel(), x.shape[1]).index_copy(0, rows.frame * rows.places + rows.place, x)
         return features.view(*active.shape, -1), active, route, Memory(states, film[:, -3:]) if remember else None
 
@@ -736,7 +737,7 @@ class _Answers(_Starts):
         return out[:, 0], gate[:, 0]
 
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
-        "The same, guided by the key: asked with it and without, as two players of one batch."
+        "The same, guided by the key: asked with it and without, as two players."
         if guidance is None: guidance = self.dynamics.config.guidance
         if guidance == 1: return self.answer(state, action, known)
         twice = {name: torch.cat([part, part]) for name in ("features", "active", "tokens", "onward", "game") for part in [getattr(state, name)]}

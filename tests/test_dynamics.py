@@ -232,6 +232,16 @@ def test_one_picture_is_enough(world):
     assert frame.shape == (1, 64, 64, 3)
 
 
+def test_where_nothing_can_happen_nothing_does():
+    "Not one row: a picture of which the router expects nothing."
+    world = small_world(least=0.99)
+    frames, _ = play_of(2, 1)
+    state = world.start(frames, np.zeros((2, 0), np.int64), PONG)
+    assert not state.active[:, :-1].any()
+    frame, state = world.step(state, [1, 2], guidance=1.5)
+    assert torch.equal(frame, torch.from_numpy(frames[:, 0]))
+
+
 @pytest.mark.parametrize("temperature, refine", [(0.0, 1), (1.0, 1), (0.7, 4)])
 def test_same_seed_same_frames(world, temperature, refine):
     frames, keys = play_of()
