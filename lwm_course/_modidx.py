@@ -715,6 +715,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lwm_course.export.seats': ('export.html#seats', 'lwm_course/export.py'),
                                    'lwm_course.export.shapes_of': ('export.html#shapes_of', 'lwm_course/export.py'),
                                    'lwm_course.export.source_hash': ('export.html#source_hash', 'lwm_course/export.py'),
+                                   'lwm_course.export.within': ('export.html#within', 'lwm_course/export.py'),
                                    'lwm_course.export.write_half': ('export.html#write_half', 'lwm_course/export.py'),
                                    'lwm_course.export.write_onnx': ('export.html#write_onnx', 'lwm_course/export.py')},
             'lwm_course.motion': { 'lwm_course.motion.Came': ('motion.html#came', 'lwm_course/motion.py'),

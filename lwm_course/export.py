@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'GPUS', 'seats', 'Seats', 'busy_places', 'BusyHistories',
-           'Graph', 'RouteGraph', 'TrunkGraph', 'HeadGraph', 'graphs', 'Backend', 'Parity', 'key_presses',
+           'Graph', 'RouteGraph', 'TrunkGraph', 'HeadGraph', 'graphs', 'Backend', 'Parity', 'within', 'key_presses',
            'logits_apart', 'parity', 'example', 'input_names', 'write_onnx', 'OnnxRuntime', 'OnnxInt8', 'OpenVino',
            'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'parity_of',
            'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'Cost', 'frame_cost', 'peaks',
@@ -250,15 +250,22 @@ class Parity:
     "How far a backend's play agrees with its world model's."
     game: str
     steps: int           # played
-    same: int            # frames before the first that differs in any token; `steps`: none does
+    same: int            # frames before the first that differs in any token, but for ties; `steps`: none does
     first_gate: float    # largest difference of copy logits in the first step
     first_out: float     # of embeddings, as a share of the largest
     precision: str = "float32"
+    ties: int = 0        # frames that differ because of a choice that float32's rounding decides
 
     @property
     def passed(self) -> bool:
-        gate, out = BOUNDS[self.precision]
-        return self.first_gate <= gate and self.first_out <= out and (self.same == self.steps or self.precision != "float32")
+        plays = self.same == self.steps and self.ties <= max(1, self.steps // 100)
+        return within((self.first_gate, self.first_out), self.precision) and (plays or self.precision != "float32")
+
+
+def within(apart: tuple[float, float],   # of `logits_apart`
+           precision: str) -> bool:
+    "Is it rounding?"
+    return all(off <= bound for off, bound in zip(apart, BOUNDS[precision]))
 
 
 def key_presses(actions: int, steps: int, seed: int = 0) -> list[int]:   # of so many actions, with a seed
@@ -268,9 +275,10 @@ def key_presses(actions: int, steps: int, seed: int = 0) -> list[int]:   # of so
 
 
 @torch.inference_mode()
-def logits_apart(wm: WorldModel, backend: Backend, state: PlayState, action: Tensor) -> tuple[float, float]:
-    "The largest difference of copy logits, and of embeddings (a share), where both compute them."
-    (out, gate), (own, own_gate) = (model.answer(state, action, torch.full_like(state.tokens, wm.dynamics.mask)) for model in (wm, backend))
+def logits_apart(wm: WorldModel, backend: Backend, true: PlayState, own: PlayState, action: Tensor) -> tuple[float, float]:
+    "The largest difference of copy logits, and of embeddings (a share), where both compute them, each from its own state."
+    nothing = torch.full_like(true.tokens, wm.dynamics.mask)
+    (out, gate), (own, own_gate) = (model.answer(state, action, nothing) for model, state in ((wm, true), (backend, own)))
     if not out.any(): return 0.0, 0.0
     return (gate - own_gate).abs().max().item(), ((out - own).abs().max() / out.abs().max()).item()
 
@@ -281,16 +289,19 @@ def parity(wm: WorldModel,       # torch, float32: what is right
            steps: int = 1000,    # to play
            seed: int = 0         # of the keys
            ) -> Parity:
-    "Play the same keys twice, until a token differs."
+    "Play the same keys twice, until a token differs and it is no tie."
     clip, actions = opening(wm, game)
     true = own = wm.start(clip[None], actions[None], game)
-    keys, same = key_presses(len(wm.actions(game)), steps, seed), 0
-    first = logits_apart(wm, backend, true, torch.tensor(keys[:1]))
+    keys, same, ties = key_presses(len(wm.actions(game)), steps, seed), 0, 0
+    first = logits_apart(wm, backend, true, own, torch.tensor(keys[:1]))
     for key in keys:
-        (frame, true), (picture, own) = wm.step(true, [key]), backend.step(own, [key])
-        if not (torch.equal(true.tokens, own.tokens) and torch.equal(frame, picture)): break
-        same += 1
-    return Parity(game, steps, same, *first, backend.precision)
+        (frame, after), (picture, own_after) = wm.step(true, [key]), backend.step(own, [key])
+        if not (torch.equal(after.tokens, own_after.tokens) and torch.equal(frame, picture)):
+            turned = (after.tokens != own_after.tokens).sum() <= 1
+            if not (turned and within(logits_apart(wm, backend, true, own, torch.tensor([key])), "float32")): break
+            own_after, ties = after, ties + 1
+        true, own, same = after, own_after, same + 1
+    return Parity(game, steps, same, *first, backend.precision, ties)
 
 # %% ../nbs/14_export.ipynb #exp00032
 def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:

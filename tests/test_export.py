@@ -96,9 +96,25 @@ def test_parity_finds_a_planted_difference(wm):
     assert found.same == 2 and not found.passed
 
 
+def test_a_tie_is_no_difference_but_many_are(wm):
+    "Two choices that are as good as one another: the engine takes the other one, with the same numbers."
+    class Turns(Backend):
+        def next_tokens(self, *how):
+            tokens, by = super().next_tokens(*how)
+            if self.turns:
+                tokens[0, 31, 31] = 1 - tokens[0, 31, 31].clamp_max(1)
+                self.turns -= 1
+            return tokens, by
+    backend = Turns(wm, graphs(wm))
+    for turns, ties, passed in ((0, 0, True), (1, 1, True), (3, 3, False)):
+        backend.turns = turns
+        found = parity(wm, backend, wm.games[0], 10)
+        assert (found.same, found.ties, found.passed) == (10, ties, passed)
+
+
 def test_a_first_step_that_is_a_little_off_does_not_pass():
     good = export.Parity("Pong", 5, 5, 9e-5, 9e-6)
-    assert good.passed and not any(replace(good, **off).passed for off in (dict(same=4), dict(first_gate=2e-4), dict(first_out=2e-5)))
+    assert good.passed and not any(replace(good, **off).passed for off in (dict(same=4), dict(ties=2), dict(first_gate=2e-4), dict(first_out=2e-5)))
     half = replace(good, precision="float16", same=4, first_gate=0.04)
     assert half.passed and not any(replace(half, **off).passed for off in (dict(first_gate=0.06), dict(first_out=0.006)))
 
