@@ -267,7 +267,7 @@ def within(apart: tuple[float, float],   # of `logits_apart`
     "Is it rounding?"
     return all(off <= bound for off, bound in zip(apart, BOUNDS[precision]))
 
-
+# %% ../nbs/14_export.ipynb #exp00090
 def key_presses(actions: int, steps: int, seed: int = 0) -> list[int]:   # of so many actions, with a seed
     "Keys that are held for a while, as a player does."
     rng = np.random.default_rng(seed)
@@ -831,7 +831,7 @@ def eval_command(parser) -> None:
     "Options of `lwm eval`."
     by_engine(parser, evaluation.eval_command, evaluation.run_eval)
 
-
+# %% ../nbs/14_export.ipynb #exp00091
 def bench_command(parser) -> None:
     "Options of `lwm bench`."
     by_engine(parser, evaluation.bench_command, evaluation.run_bench)
