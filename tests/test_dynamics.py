@@ -266,6 +266,23 @@ def test_guidance(world):
     assert torch.equal(world.step(state, [0, 1, 3], guidance=0.0)[0], world.step(state, [3, 2, 1], guidance=0.0)[0])
 
 
+def test_refinement_settles_changes_pass_by_pass(monkeypatch):
+    "What stays is surest of all: if it were counted, no change would be settled before the last pass."
+    world, asked = small_world(), []
+    torch.nn.init.constant_(world.dynamics.gate.bias, -1.0)         # most tokens of a row change,
+    torch.nn.init.normal_(world.dynamics.shift.weight)              # ... and come from somewhere
+    head = world.head
+    monkeypatch.setattr(world, "head", lambda state, action, known, guidance: asked.append(known) or head(state, action, known, guidance))
+    frames, keys = play_of(2)
+    state = world.start(frames, keys, PONG)
+    tokens, _ = world.next_tokens(state, torch.tensor([1, 2]), refine=3)
+    changes, known = (tokens != state.tokens).flatten(1).sum(1), [known != world.dynamics.mask for known in asked]
+    assert not known[0].any() and all((a <= b).all() for a, b in zip(known, known[1:])) and (changes > 6).all()
+    settled = [(k & (tokens != state.tokens)).flatten(1).sum(1) / changes for k in known]
+    assert (settled[1] > 0.15).all() and (settled[2] > settled[1]).all() and (settled[2] < 0.95).all()
+    assert all(torch.equal(asked[2][k], tokens[k]) for k in known[1:])
+
+
 def by_gates(world, monkeypatch, gates):
     "The world's head, but with other copy logits: `gates(known)`. Returns what was known in each pass."
     asked, head = [], world.head
