@@ -827,7 +827,8 @@ def _loop(run: Run, source: Iterator, valid: Callable | None, received: list, wa
 
 # %% ../nbs/02_training.ipynb #2955ebd5
 def fit(model: nn.Module,                   # trained in place; afterwards it has the averaged weights
-        batch_at: Callable[[int], object],  # step -> batch: the same step always gives the same batch
+        batch_at: Callable[[int], object],  # step -> batch: the same step always gives the same batch. Of several processes each takes
+                                            # what `batch_at.part(step, rank, world)` gives, where there is such a method, else a `shard`
         loss: Callable,                     # (model, batch, step) -> (scalar tensor, dict of floats or tensors)
         config: TrainConfig,                # how long, how fast, ...
         folder: str | Path | None = None,   # for checkpoint and ledger; None: nothing is kept
@@ -857,7 +858,10 @@ def _train(run: Run, batch_at: Callable, valid: Callable | None, quiet: bool, dr
         if status != "diverged": save(run)
         write_ledger(run, status)
 
-    def make(step: int): return to_device(shard(batch_at(step), workers.rank, workers.world), workers.device)
+    def make(step: int):
+        rank, world = workers.rank, workers.world
+        batch = batch_at.part(step, rank, world) if hasattr(batch_at, "part") else shard(batch_at(step), rank, world)
+        return to_device(batch, workers.device)
 
     source, watch = batches(make, run.step, run.config.prefetch), Progress(run, quiet, draw)
     with interruptible() as received, contextlib.closing(source), contextlib.closing(watch):

@@ -548,6 +548,18 @@ def test_shards_must_be_equal():
     with pytest.raises(ValueError, match="batch of 5 cannot be cut into 2"): shard(torch.zeros(5, 2), 0, 2)
 
 
+def test_batches_that_know_their_parts_are_not_cut():
+    asked = []
+
+    class Batches:
+        def part(self, step, rank, world):
+            asked.append((step, rank, world))
+            return batch_at(step)
+
+    fit(net(), Batches(), loss, config(steps=2, prefetch=0), quiet=True)
+    assert asked[:2] == [(0, 0, 1), (1, 0, 1)]
+
+
 def test_batches_are_made_ahead_but_not_endlessly():
     made = []
     source = batches(lambda step: made.append(step) or step, 0, prefetch=2)
