@@ -155,8 +155,8 @@ class _Atari(_Cartridge):
     def reset(self, seed):
         self.restore(self.first)
 
-    def step(self, action):
-        reward = sum(self.ale.act(self.codes[action]) for _ in range(FRAME_SKIP - 1))
+    def step(self, action, pictures=FRAME_SKIP):
+        reward = sum(self.ale.act(self.codes[action]) for _ in range(pictures - 1))
         before = self.screen.look() if self.screen.merge else None
         reward += self.ale.act(self.codes[action])
         self.screen.look()
@@ -243,8 +243,8 @@ class _Turns:
             self.reward, self.done = self._game.step(int(action))
 
 # %% ../nbs/01_data.ipynb #171d5644
-class Environment(_Turns):
-    "A real game at the model's frame size and rate: `reset`, `step`, and exact copies of its state."
+class _Steps(_Turns):
+    "A game at a frame size."
 
     def __init__(self,
         name: str,                                  # a Gymnasium id with an RGB picture
@@ -266,12 +266,23 @@ class Environment(_Turns):
         self.step_native(action)
         return resize(self.native, self.frame_size)
 
+# %% ../nbs/01_data.ipynb #171d5645
+class Environment(_Steps):
+    "A real game at the model's frame size and rate: `reset`, `step`, and exact copies of its state."
     native = property(lambda self: self._game.rgb, doc="The frame as the game draws it, uint8 RGB.")
     ram = property(lambda self: self._game.ram, doc="The console's memory, uint8 (128,), or None.")
 
     def clone(self):
         "The exact state, to try several actions from one moment. It lives in this process only."
         return self._game.clone(), self.seed, self.games_started, self.reward, self.done
+
+    def middle(self, action: int) -> np.ndarray:
+        "What is seen half way through `step` (of an Atari game), uint8 (H, W, 3). The game stays where it is."
+        here = self.clone()
+        self._game.step(action, FRAME_SKIP // 2)
+        seen = resize(self.native, self.frame_size)
+        self.restore(here)
+        return seen
 
     def restore(self, state):
         "Go back to a state of `clone`."

@@ -6,14 +6,14 @@ __all__ = ['BEGAN', 'BUTTONS', 'OPPOSITE', 'KNOBS', 'HEADER', 'FRAME', 'FILE', '
            'ON_LOAD', 'ABOUT', 'HEAD', 'PAGE_CSS', 'SPACE_APP', 'SPACE_README', 'action_of', 'meant', 'used_buttons',
            'Keys', 'jpeg', 'pack', 'Received', 'unpack', 'picture_frame', 'Twin', 'emulator_state', 'mp4_state',
            'enlarge', 'durations', 'gif', 'mp4', 'Film', 'number', 'flag', 'Settings', 'Clock', 'frame_side', 'Chair',
-           'Session', 'spawn', 'leave', 'advance', 'make_frame', 'show', 'start_names', 'check_start', 'clip_source',
-           'first_frames', 'begin', 'step_ms', 'warm_up', 'on_start', 'on_keys', 'on_credit', 'on_pause', 'on_step',
-           'on_set', 'on_record', 'stop_recording', 'parse', 'receive', 'ws_accept', 'ws_mask', 'ws_frame', 'BadFrame',
-           'ws_parse', 'Messages', 'WebSocketConnection', 'WebSocketEnd', 'WebSocketProtocol', 'Room', 'short', 'title',
-           'welcome', 'model_facts', 'page', 'make_app', 'take_port', 'Server', 'Line', 'Client', 'play', 'game_named',
-           'parse_keys', 'sampling', 'rollout', 'write_film', 'model_arguments', 'play_command', 'run_play',
-           'demo_command', 'run_demo', 'serve', 'share_address', 'browser_arguments', 'play_randomly', 'measure',
-           'report', 'make_space']
+           'Session', 'spawn', 'leave', 'remember', 'advance', 'ask', 'make_frame', 'show', 'start_names',
+           'check_start', 'clip_source', 'first_frames', 'begin', 'step_ms', 'warm_up', 'on_start', 'on_keys',
+           'on_credit', 'on_pause', 'on_step', 'on_set', 'on_record', 'stop_recording', 'parse', 'receive', 'ws_accept',
+           'ws_mask', 'ws_frame', 'BadFrame', 'ws_parse', 'Messages', 'WebSocketConnection', 'WebSocketEnd',
+           'WebSocketProtocol', 'Room', 'short', 'title', 'welcome', 'model_facts', 'page', 'make_app', 'take_port',
+           'Server', 'Line', 'Client', 'play', 'game_named', 'parse_keys', 'sampling', 'rollout', 'write_film',
+           'model_arguments', 'play_command', 'run_play', 'demo_command', 'run_demo', 'serve', 'share_address',
+           'browser_arguments', 'play_randomly', 'measure', 'report', 'make_space']
 
 # %% ../nbs/17_demo.ipynb #26c7a0d1
 import time
@@ -35,7 +35,7 @@ from .course import Figure, MissingExtra, nearest, require, save_results
 from .data import Environment, resize
 from .dynamics import WorldModel
 from .evaluation import h264
-from .export import load_player
+from .export import load_player, smooth
 
 # %% ../nbs/17_demo.ipynb #3c045d5e
 BUTTONS = ("UP", "DOWN", "RIGHT", "LEFT", "FIRE") # the order in which Atari spells a combination
@@ -329,6 +329,7 @@ class Chair:
         self.settings = settings or Settings(wm.games[0])
         self.keys, self.film, self.twin, self.picture = Keys(), None, None, None
         self.state, self.number, self.credits, self.steps, self.paused = None, 0, IN_FLIGHT, 0, True
+        self.after = None              # what updates the state: of `WorldModel.frame`
 
 # %% ../nbs/17_demo.ipynb #3f86754d
 class Session(Chair):
@@ -368,34 +369,49 @@ def spawn(session, work): # work: a coroutine
 def leave(session):
     "Forget everything: the player has gone."
     for task in list(session.tasks): task.cancel()
-    session.state = session.twin = session.film = session.picture = None
+    session.state = session.after = session.twin = session.film = session.picture = None
     session.look()
 
 # %% ../nbs/17_demo.ipynb #1233513f
+def remember(session): # True
+    "Update the model's memory. It can wait until the picture is on its way. Runs in the worker thread."
+    if session.after: session.state, session.after = session.after(), None
+    return True
+
+
 def advance(session, action): # (uint8 (H,W,3), milliseconds)
-    "One step of the model. Runs in the worker thread."
+    "The model's next frame; `remember` is for later. Runs in the worker thread."
     began, s = time.perf_counter(), session.settings
-    frame, session.state = session.wm.step(session.state, [action], temperature=s.temperature, refine=s.refine)
+    remember(session)
+    frame, session.after = session.wm.frame(session.state, [action], temperature=s.temperature, refine=s.refine)
     frame = np.asarray(frame[0].cpu())                 # a GPU has only finished when the pixels are here
     return frame, 1000*(time.perf_counter() - began)
 
 # %% ../nbs/17_demo.ipynb #4e291ae4
+async def ask(session, f, *args): # what it returns; None: it failed
+    "Let the model work. If it fails the player hears of it, the log has the traceback, other players go on."
+    try: return await session.on_worker(f, session, *args)
+    except Exception as e:
+        logging.getLogger("lwm.demo").exception("a model step failed")
+        session.paused, session.state, session.after = True, None, None
+        session.look()
+        await session.tell("paused", message=f"The model failed ({type(e).__name__}: {e}). Press Reset.")
+
+
 async def make_frame(session):
-    "Ask the keys, step the model (and the emulator), send the picture."
+    "Ask the keys, step the model (and the emulator), send the picture; then the model remembers it."
     began = time.perf_counter()
     action, since = session.keys.take(session.wm.actions(session.settings.game))
-    try: frame, ms = await session.on_worker(advance, session, action)
-    except Exception as e:                             # the player hears of it, the log has the traceback, other players go on
-        logging.getLogger("lwm.demo").exception("a model step failed")
-        session.paused, session.state = True, None
-        session.look()
-        return await session.tell("paused", message=f"The model failed ({type(e).__name__}: {e}). Press Reset.")
+    made = await ask(session, advance, action)
+    if made is None: return
+    frame, ms = made
     if session.twin:
         real, ended = await session.on_worker(session.twin.step, action)
         frame = np.concatenate([frame, real], 1)
         if ended: await session.tell("note", message="The real game is over: the emulator begins a new one. The model goes on.")
     session.number, session.steps = session.number + 1, max(0, session.steps - 1)
     await show(session, frame, action, since, ms, began)
+    await ask(session, remember)
 
 # %% ../nbs/17_demo.ipynb #267aa546
 async def show(session, frame, action=0, since=None, ms=0., began=None):
@@ -474,6 +490,7 @@ async def on_start(session, message):
     settings = session.settings.changed(message, session.wm.games)
     if settings.clip is not None: check_start(session.wm, settings.game, settings.clip)
     async with session.turn:
+        session.after = None                           # what the last game has left to remember
         frame, session.state, session.twin, note = await session.on_worker(begin, session, settings)
         session.settings, session.number, session.steps = settings, 0, 0
         session.keys.update(session.keys.held)
@@ -1116,6 +1133,7 @@ def play_command(parser): # argparse.ArgumentParser
     parser.add_argument("--keys", default="NOOP*30", help='for --record, such as "RIGHT*10 NOOP*5 UP+FIRE" (default: NOOP*30)')
     parser.add_argument("--clip", type=int, default=0, help="for --record: number of the start clip (default: 0)")
     parser.add_argument("--compare", action="store_true", help="for --record: the real emulator beside the model")
+    parser.add_argument("--smooth", action="store_true", help="for --record: a picture between every two frames, 30 a second")
     model_arguments(parser)
     parser.set_defaults(run=run_play)
 
@@ -1131,7 +1149,8 @@ def run_play(args):
     if args.compare and not (state := emulator_state([game]))["ok"]: raise MissingExtra(state["why"])
     keys = parse_keys(args.keys, wm.actions(game))
     film, note = rollout(wm, game, keys, args.clip, args.seed, args.temperature, args.refine, args.compare)
-    write_film(args.record, film, wm.fps)
+    if args.smooth: film = np.concatenate([smooth(wm, half) for half in np.split(film, 2 if args.compare else 1, 2)], 2)
+    write_film(args.record, film, wm.fps * (2 if args.smooth else 1))
     print(f"{args.record}: {len(film)} frames of {game}, seed {args.seed}. {note}".strip())
 
 # %% ../nbs/17_demo.ipynb #c7abc701

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import course, data, training
-from .motion import (DRAWN, MOVED, NEW, REACH, STAYED, Came, Histories, Offsets, Onward, Router, Rows, Shifts,
-                               SpatialAttention, add_to, corrupt, filled, grouped, matches_of, of_clip, unspoilt, vanish)
+from .motion import (DRAWN, LONG, MOVED, NEW, REACH, STAYED, Came, Histories, Offsets, Onward, Router, Rows, Shifts,
+                               SpatialAttention, add_to, ages, corrupt, filled, grouped, matches_of, of_clip, unspoilt, vanish)
 from .ssm import Mamba2
 from .tokenizer import TOKENIZER_SIZES, Tokenizer, tiles_of
 from .training import changed_pixels, find_pretrained, mse, push_folder
@@ -45,6 +45,7 @@ class DynamicsConfig:
     detail: int = 64        # channels of what is around a token
     drawn: tuple[int, int] = DRAWN   # rows and columns that the games draw
     shifts: tuple[int, int] = REACH  # by how many of them a patch may move, to either side
+    past: int = 16          # A, channels of an age: how long ago something changed
     width: int = 128        # D, channels of a position
     depth: int = 4          # blocks of the trunk
     temporal_every: int = 1 # every n-th trunk block looks back in time
@@ -255,18 +256,22 @@ class Memory:
     "What the trunk remembers."
     blocks: list[tuple | None]   # per block: convolution and scan state, (B * (P + 1), ...)
     recent: Tensor               # (B, 3, h, w) tokens of the last frames
+    age: Tensor                  # (B, P) how long ago each position changed, of `motion.ages`
 
     @property
     def nbytes(self) -> int:
         "Its size, of all players."
-        return self.recent.nbytes + sum(t.nbytes for block in self.blocks if block for t in block)
+        return self.recent.nbytes + self.age.nbytes + sum(t.nbytes for block in self.blocks if block for t in block)
 
 # %% ../nbs/07_dynamics.ipynb #look0002
 class _Routes(_Inputs):
     "Where something happens."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
-        self.router = Router(config.token_width, config.side, len(config.games), len(config.action_names))
+        self.age = nn.Embedding(2 * LONG, config.past)
+        self.router = Router(config.token_width, config.side, len(config.games), len(config.action_names), config.past)
+        for part in (self.router.past, self.router.overview):
+            for weight in part.parameters(): nn.init.zeros_(weight)
 
     def changes(self, film: Tensor,    # (B, 3 + T, h, w), tokens of T frames and of the three before
                 onward: Tensor         # (B, T, h, w)
@@ -275,6 +280,12 @@ class _Routes(_Inputs):
         share = lambda x: grouped(x.to(self.masked.dtype), self.config.group).mean(-1).unflatten(-1, (self.config.side,) * 2)
         changed, T = share(film[:, 1:] != film[:, :-1]), film.shape[1] - 3                     # (B, T + 2, side, side)
         return torch.stack([*(changed[:, 2 - i:2 - i + T] for i in range(3)), share(onward != STAYED)], 2)
+
+    def past(self, age: Tensor   # (F, P)
+             ) -> tuple[Tensor, Tensor]:   # (F, A, side, side), and of the whole frame (F, A * min(side, 8)²)
+        "What ages mean."
+        past = self.age(age).transpose(1, 2).unflatten(2, (self.config.side,) * 2)
+        return past, F.adaptive_avg_pool2d(past, min(self.config.side, 8)).flatten(1)
 
     def active(self, route: Tensor,     # (B, T, P) logits of the router
                changed: Tensor          # (B, T, P) share of tokens that just changed
@@ -288,32 +299,47 @@ class _Routes(_Inputs):
         if torch.is_autocast_enabled("cpu"): active = filled(active, score)
         return F.pad(active, (0, 1), value=True)
 
-# %% ../nbs/07_dynamics.ipynb #look0003
-class _Trunk(_Routes):
-    "Once per frame: look, and remember."
+# %% ../nbs/07_dynamics.ipynb #begins01
+class _Begins(_Routes):
+    "The trunk, and what it remembers at first."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         self.trunk = nn.ModuleList([Block(config, i % config.temporal_every == 0) for i in range(config.depth)])
         self.trunk_offsets = Offsets(config.depth, config.attention_heads, config.side)
+        self.enter_age, self.enter_ages = (nn.Linear(config.past * n ** 2, config.width) for n in (1, min(config.side, 8)))
+        for weight in (*self.enter_age.parameters(), *self.enter_ages.parameters()): nn.init.zeros_(weight)
 
+    def beginning(self, tokens: Tensor,  # (B, T, h, w)
+                  age: Tensor | None = None  # (B, h, w), of `clip_of`; None: not known
+                  ) -> Memory:
+        "Of nothing, at most of how long ago the tokens changed."
+        age = torch.full_like(tokens[:, 0], LONG) if age is None else age
+        return Memory([None] * len(self.trunk), tokens[:, :1].expand(-1, 3, -1, -1), grouped(age, self.config.group).amin(-1))
+
+# %% ../nbs/07_dynamics.ipynb #look0003
+class _Trunk(_Begins):
+    "Once per frame: look, and remember."
     def look(self, tokens: Tensor,        # (B, T, h, w)
              moved: Tensor,               # (B, T, h, w), how each came: of `Shifts.came`
              onward: Tensor,              # (B, T, h, w), how it goes on: of `Onward`
              came_by: Tensor,             # (B, T) the action that led to each frame
              game: Tensor,                # (B,)
-             memory: Memory | None = None,  # None: of nothing
+             memory: Memory | None = None,  # None: `beginning`
              remember: bool = True        # False is faster, and gives no memory
              ) -> tuple[Tensor, Tensor, Tensor, Memory | None]:
         "Read frames. Features (B, T, P + 1, D + group² * detail), where there are any (B, T, P + 1), the router's logits (B, T, P), memory."
         B, T = tokens.shape[:2]
-        memory = memory or Memory([None] * len(self.trunk), tokens[:, :1].expand(-1, 3, -1, -1))
+        memory = memory or self.beginning(tokens)
         film, act = torch.cat([memory.recent, tokens], 1), self.named_action(came_by, game).flatten()
         changed = self.changes(film, onward)
         means = F.avg_pool2d(F.embedding(tokens.flatten(0, 1), self.reading()).permute(0, 3, 1, 2), self.config.group)
-        route = self.router(means, changed.flatten(0, 1), game.repeat_interleave(T), act).unflatten(0, (B, T))
+        age = ages(changed[:, :, 0].flatten(2) > 0, memory.age)
+        past, every = self.past(age.flatten(0, 1))
+        route = self.router(means, changed.flatten(0, 1), past, every, game.repeat_interleave(T), act).unflatten(0, (B, T))
         active = self.active(route.detach(), changed[:, :, 0].flatten(2))
-        rows, whole = Rows(active), self.overview(F.adaptive_avg_pool2d(means, 4).flatten(1))
+        rows, whole = Rows(active), self.overview(F.adaptive_avg_pool2d(means, 4).flatten(1)) + self.enter_ages(every)
         near, detail = self.seen(film[:, 2:-1], tokens, moved, onward, rows)
+        near = near + self.enter_age(past.flatten(2)[rows.frame[rows.local], :, rows.place[rows.local]])
         x = add_to(add_to(self.place[rows.place], rows.local, near), rows.whole, whole)
         condition, histories, states = self.condition(came_by, game).flatten(0, 1), Histories(rows, pack=not remember), []
         for block, bias, state in zip(self.trunk, self.trunk_offsets(rows), memory.blocks):
@@ -322,7 +348,7 @@ class _Trunk(_Routes):
         detail = detail.flatten(1).to(x.dtype)
         x = torch.cat([x, x.new_zeros(len(x), detail.shape[1]).index_copy(0, rows.local, detail)], 1)
         features = x.new_zeros(active.numel(), x.shape[1]).index_copy(0, rows.frame * rows.places + rows.place, x)
-        return features.view(*active.shape, -1), active, route, Memory(states, film[:, -3:]) if remember else None
+        return features.view(*active.shape, -1), active, route, Memory(states, film[:, -3:], age[:, -1]) if remember else None
 
 # %% ../nbs/07_dynamics.ipynb #orig0001
 class _Origins(_Trunk):
@@ -442,6 +468,7 @@ class Recipe:
     "How the dynamics are trained."
     corrupt: float = 0.1        # largest share of moving context tokens that are damaged (the share is drawn per clip)
     vanish: float = 0.25        # share of clips in which something is out of sight for a while
+    unseen: float = 0.5         # share of clips of which nothing is known from before: no ages
     action_dropout: float = 0.05  # share of clips that do not show the key, for guidance
     masked: float = 0.85        # share of frames of which the head sees nothing of the next one ...
     doubt: int = 3              # ... but in every so many steps it sees what it would settle first in play
@@ -450,7 +477,7 @@ class Recipe:
     self_from: int = 300        # ... from this step on ...
     self_deep: int = 3          # ... up to so many frames of them in a row
     naming: float = 0.5         # weight of the changed tokens' names, beside the gate's
-    routing: float = 0.3        # weight of the router's loss
+    routing: float = 1.0        # weight of the router's loss
 
 # %% ../nbs/07_dynamics.ipynb #45ceb555
 @torch.no_grad()
@@ -460,7 +487,7 @@ def own_prediction(model: Dynamics,  # predicts
                    ) -> tuple[Tensor, Tensor]:     # (B, T, h, w) each
     "What the model would have shown in place of frames 1.. of (B, T, h, w): one step ahead, most likely tokens."
     actions, game, truth, onward = batch["actions"].long(), batch["game"], batch["tokens"][:, 1:].long(), model.onward(moved)
-    features, active, _, _ = model.look(tokens, moved, onward, actions[:, :-1], game, remember=False)
+    features, active, _, _ = model.look(tokens, moved, onward, actions[:, :-1], game, model.beginning(tokens, batch["age"]), False)
     out, gate = model.predict(features, active, tokens, onward, torch.full_like(tokens, model.mask), actions[:, 1:], game)
     change, guess, by = gate < 0, tokens.clone(), torch.full_like(tokens, STAYED)
     named, origin = tokens[change], model.likeliest(model.origins(out[change], onward[change]))
@@ -529,16 +556,18 @@ def hidden(target: Tensor,    # (B, T, h, w), the next frames
 # %% ../nbs/07_dynamics.ipynb #dynloss1
 def dynamics_loss(model: Dynamics,
                   batch: dict,      # of `TokenClips`: "tokens" (B, T+1, h, w), "actions" (B, T+1), "game" (B,), "weight" (B,),
-                                    # "moved" (B, T+1, h, w), "where" (n,), "matches" (n, FEW)
+                                    # "moved" (B, T+1, h, w), "age" (B, h, w), "where" (n,), "matches" (n, FEW)
                   step: int = 0,    # of the run: own predictions begin late, and come now and then
                   recipe: Recipe = Recipe()  # damage, dropout, weights
                   ) -> tuple[Tensor, dict]:  # loss, and its parts
     "Where something changes (router), which tokens (copy gate), and into what (names): nats per changed token, about."
     target, actions, game, weight = batch["tokens"][:, 1:].long(), batch["actions"].long(), batch["game"], batch["weight"]
-    (seen, moved), on, frames = damaged(model, batch, step, recipe), dict(device=target.device), target.shape[:2]
+    on, frames = dict(device=target.device), target.shape[:2]
+    batch = batch | {"age": torch.where(torch.rand(len(actions), 1, 1, **on) < recipe.unseen, LONG, batch["age"])}
+    seen, moved = damaged(model, batch, step, recipe)
     shown = torch.where(torch.rand(len(actions), 1, **on) < recipe.action_dropout, -1, actions)
     onward, count, bce = model.onward(moved), math.prod(frames), F.binary_cross_entropy_with_logits
-    features, active, route, _ = model.look(seen, moved, onward, shown[:, :-1], game, remember=False)
+    features, active, route, _ = model.look(seen, moved, onward, shown[:, :-1], game, model.beginning(seen, batch["age"]), False)
     answer = lambda known: model.predict(features, active, seen, onward, known, shown[:, 1:], game)
     unknown = hidden(target, answer, model.mask, step, recipe)
     out, gate = answer(torch.where(unknown, model.mask, target))
@@ -790,8 +819,8 @@ class _Refines(_Chooses):
             known, shift = torch.where(settled, tokens, known), torch.where(settled, by, shift)
 
 # %% ../nbs/07_dynamics.ipynb #8560eac3
-class _Plays(_Refines):
-    "How a world model is played, frame by frame."
+class _Shows(_Refines):
+    "How a frame is shown, and remembered."
     @torch.inference_mode()
     def show(self, state: PlayState, tokens: Tensor, by: Tensor | None = None) -> Tensor:  # uint8 (B, H, W, 3)
         "The next frame: a token that stays keeps its pixels, a shift brings its own, so what was real stays real; the others are decoded."
@@ -812,7 +841,18 @@ class _Plays(_Refines):
         seen = dict(memory=memory, features=features[:, 0], active=active[:, 0], onward=onward)
         return replace(state, tokens=tokens, pixels=pixels, frame=state.frame + 1, **seen)
 
+# %% ../nbs/07_dynamics.ipynb #8560eac4
+class _Plays(_Shows):
+    "How a world model is played, frame by frame."
     @torch.inference_mode()
+    def frame(self, state: PlayState, action: Tensor | list[int] | int, temperature: float = 0.0, refine: int = 1,
+              guidance: float | None = None) -> tuple[Tensor, Callable]:   # frames uint8 (B, H, W, 3), what makes the next state
+        "As `step`, but the memory waits: it can be updated while the frame is looked at."
+        action = self.keys(state, action)
+        tokens, by = self.next_tokens(state, action, temperature, refine, guidance)
+        pixels = self.show(state, tokens, by)
+        return pixels, lambda: self.commit(state, tokens, action, pixels)
+
     def step(self, state: PlayState,
              action: Tensor | list[int] | int,  # (B,) index of the held key, one for each player
              temperature: float = 0.0,          # 0: the most likely frame; 1: as random as the game seemed in training
@@ -820,10 +860,8 @@ class _Plays(_Refines):
              guidance: float | None = None      # 0: the key is ignored; above 1: its effect is exaggerated; None: the model's own
              ) -> tuple[Tensor, PlayState]:     # frames uint8 (B, H, W, 3), the next state
         "One frame of play. The same seed and the same keys give the same frames."
-        action = self.keys(state, action)
-        tokens, by = self.next_tokens(state, action, temperature, refine, guidance)
-        pixels = self.show(state, tokens, by)
-        return pixels, self.commit(state, tokens, action, pixels)
+        pixels, after = self.frame(state, action, temperature, refine, guidance)
+        return pixels, after()
 
 # %% ../nbs/07_dynamics.ipynb #2f10e32d
 class _Resets(_Plays):
@@ -843,9 +881,10 @@ class _Resets(_Plays):
         put = lambda old, new, at: old.clone().index_copy_(0, at, new.to(old.dtype))
         pairs = zip(state.memory.blocks, fresh.memory.blocks)
         blocks = [old and tuple(put(a, b, rows) for a, b in zip(old, new)) for old, new in pairs]
+        kept = (put(getattr(state.memory, name), getattr(fresh.memory, name), where) for name in ("recent", "age"))
         names = ("features", "active", "tokens", "onward", "pixels", "frame")
         parts = {name: put(getattr(state, name), getattr(fresh, name), where) for name in names}
-        return replace(state, memory=Memory(blocks, put(state.memory.recent, fresh.memory.recent, where)), **parts)
+        return replace(state, memory=Memory(blocks, *kept), **parts)
 
 # %% ../nbs/07_dynamics.ipynb #6cd5370c
 class _Saves(_Resets):

@@ -1234,17 +1234,18 @@ def latencies(wm: WorldModel,     # on the device and in the dtype to be measure
               players: int = 1,   # per batch
               seed: int = 0,      # of the keys
               refine: int = 1     # passes of the head
-              ) -> np.ndarray:    # milliseconds, (frames,)
-    "Key to pixels: from the pressed key to a uint8 frame in this process, decoding included."
+              ) -> np.ndarray:    # milliseconds (frames, 2): until the frame is here, until the next key may come
+    "Key to pixels: from the pressed key to a uint8 frame in this process, decoding included; and the memory, updated while the frame is looked at."
     clip, keys = opening(wm, game)
     state = wm.start(np.repeat(clip[None], players, 0), np.repeat(keys[None], players, 0), game, seed)
     rng, times = np.random.default_rng(seed), []
     for _ in range(warmup + frames):
         action = rng.integers(len(wm.actions(game)), size=players)
         begin = time.perf_counter()
-        frame, state = wm.step(state, action, refine=refine)
+        frame, after = wm.frame(state, action, refine=refine)
         frame.cpu().numpy()
-        times.append(1000 * (time.perf_counter() - begin))
+        shown, state = time.perf_counter(), after()
+        times.append([1000 * (shown - begin), 1000 * (time.perf_counter() - begin)])
     return np.array(times[warmup:])
 
 # %% ../nbs/08_evaluation.ipynb #40bad831
@@ -1282,7 +1283,7 @@ def soak_figures(wm: WorldModel,
             course.Figure("soak_fps", steps / took, "FPS", n=steps, source="one player, all the while", game=game)]
 
 # %% ../nbs/08_evaluation.ipynb #c3a1f0e2
-def speed_figures(times: np.ndarray,  # milliseconds per frame of all players, from `latencies`
+def speed_figures(times: np.ndarray,  # of all players, from `latencies`
                   players: int,       # per batch
                   kind: str,          # dtype
                   own: bool,          # the dtype that this machine chooses by itself
@@ -1292,8 +1293,8 @@ def speed_figures(times: np.ndarray,  # milliseconds per frame of all players, f
     figures, said = [], dict(source=f"{kind}, {players} player{'s' * (players > 1)}", game=game)
     for end in [f"{'' if own else '_' + kind}_players_{players}"] + [""] * (own and players == 1):
         for q in (50, 95, 99):
-            figures.append(figure(f"latency_p{q}_ms{end}", lambda t: np.percentile(t, q), times, unit="ms", **said))
-        figures.append(figure(f"fps{end}", lambda t: 1000 * players / np.mean(t), times, unit="FPS", **said))
+            figures.append(figure(f"latency_p{q}_ms{end}", lambda t: np.percentile(t, q), times[:, 0], unit="ms", **said))
+        figures.append(figure(f"fps{end}", lambda t: 1000 * players / np.mean(t), times[:, 1], unit="FPS", **said))
     return figures
 
 # %% ../nbs/08_evaluation.ipynb #08f948b0
@@ -1337,16 +1338,16 @@ def run_bench(args, load: Callable = load_model) -> None:
     wm.step(wm.start(clip[None], keys[None], game), [0])
     started = time.perf_counter() - begin
     figures, engine = [], getattr(wm, "precision", None)
-    own = engine or str(training.dtype("auto", "auto")).removeprefix("torch.")
+    own = engine or str(wm.dynamics.masked.dtype).removeprefix("torch.")
     def add(name, value, unit, source): figures.append(course.Figure(name, float(value), unit, 1, source=source, game=game))
     add("load_s", started, "s", "load the model and show the first frame, imports not counted")
     for kind, players in [(own, p) for p in args.players] + [("float32", 1)] * (not engine and own != "float32"):
-        if not engine: wm.ready(dtype=kind)
+        if not engine and kind != own: wm.ready(dtype=kind)
         times = latencies(wm, game, args.frames, players=players, seed=args.seed)
         figures += speed_figures(times, players, kind, kind == own, game)
     add("peak_memory_gb", peak_memory_gb(), "GB", "of the whole process")
     add("parameters", sum(p.numel() for p in wm.parameters()), "", "tokenizer and dynamics")
     add("state_bytes", wm.start(clip[None], keys[None], game).nbytes, "B", "memory of one player")
-    if args.soak: figures += soak_figures(wm if engine else wm.ready(dtype=own), game, args.soak, args.seed)
+    if args.soak: figures += soak_figures(wm if engine else wm.ready(), game, args.soak, args.seed)
     course.print_figures(figures)
     if args.json: course.save_results(args.json, args.line, figures, args.seed)

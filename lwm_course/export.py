@@ -7,9 +7,10 @@ __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'GPUS', 'se
            'Graph', 'RouteGraph', 'TrunkGraph', 'HeadGraph', 'graphs', 'Backend', 'Parity', 'within', 'key_presses',
            'logits_apart', 'parity', 'example', 'input_names', 'write_onnx', 'OnnxRuntime', 'OnnxInt8', 'OpenVino',
            'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'parity_of',
-           'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'Cost', 'frame_cost', 'peaks',
-           'roofline_figures', 'compare', 'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command',
-           'run_export', 'by_engine', 'eval_command', 'bench_command', 'run_roofline']
+           'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'smooth', 'smooth_figures', 'Cost',
+           'frame_cost', 'peaks', 'roofline_figures', 'compare', 'bench_rows', 'bench_table', 'bench_plot',
+           'bench_page', 'export_command', 'run_export', 'by_engine', 'eval_command', 'bench_command', 'run_roofline',
+           'run_smooth']
 
 # %% ../nbs/14_export.ipynb #exp00005
 import functools, hashlib, json, logging, tempfile, time, warnings
@@ -23,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
-from . import course, evaluation
+from . import course, data, evaluation, training
 from .dynamics import SURE, Dynamics, Memory, PlayState, WorldModel, untrained
 from .evaluation import latencies, opening
-from .motion import STAYED
+from .motion import STAYED, halfway, older
 from .ssm import Mamba2
 
 # %% ../nbs/14_export.ipynb #exp00008
@@ -70,6 +72,10 @@ class Seats:
         "Rows at their places, `rest` elsewhere."
         empty = x.new_zeros(self.frames * (self.places + 1), *x.shape[1:]) + rest
         return empty.index_put((self.at,), x).unflatten(0, (self.frames, -1))[:, :-1]
+
+    def others(self, x: Tensor) -> Tensor:     # (B, P - 1, C) -> (B * (K-1), C)
+        "As `collect`, for each seat but the first, that of the whole frame."
+        return x.gather(1, self.place.view(self.shape)[:, 1:, None].expand(-1, -1, x.shape[2])).flatten(0, 1)
 
     def collect(self, x: Tensor) -> Tensor:    # (B, P, ...) -> (B * K, ...)
         "The rows of the seats; an empty one repeats place 0."
@@ -120,28 +126,30 @@ class Graph(nn.Module):
 
 class RouteGraph(Graph):
     "Where something happens in a new frame."
-    inputs, outputs = ("recent", "tokens", "onward", "action", "game"), ("active", "means")
+    inputs, outputs = ("recent", "tokens", "onward", "age", "action", "game"), ("active", "means", "now")
 
     def forward(self, recent: Tensor,  # (B, 3, h, w)
                 tokens: Tensor,        # (B, h, w)
                 onward: Tensor,        # (B, h, w), of `Onward`
+                age: Tensor,           # (B, P), one frame before, of `ages`
                 action: Tensor, game: Tensor    # (B,) the key that led to it
-                ) -> tuple[Tensor, Tensor]:     # bool (B, P), mean token of each position (B, E, side, side)
+                ) -> tuple[Tensor, Tensor, Tensor]:   # bool (B, P + 1), mean token of each position (B, E, side, side), age now
         "The first half of `Dynamics.look`."
         changed = self.net.changes(torch.cat([recent, tokens[:, None]], 1), onward[:, None])
         means = F.avg_pool2d(F.embedding(tokens, self.reading).permute(0, 3, 1, 2), self.net.config.group)
-        route = self.net.router(means, changed[:, 0], game, self.net.named_action(action[:, None], game)[:, 0])
-        return self.net.active(route[:, None], changed[:, :, 0].flatten(2))[:, 0], means
+        age, act = torch.where(changed[:, 0, 0].flatten(1) > 0, 0, older(age)), self.net.named_action(action[:, None], game)[:, 0]
+        route = self.net.router(means, changed[:, 0], *self.net.past(age), game, act)
+        return self.net.active(route[:, None], changed[:, :, 0].flatten(2))[:, 0], means, age
 
 # %% ../nbs/14_export.ipynb #exp00018
 class TrunkGraph(Graph):
     "Read a frame into memory."
-    inputs = "recent", "tokens", "moved", "onward", "means", "slots", "busy", "action", "game", "states"
+    inputs = "recent", "tokens", "moved", "onward", "means", "age", "slots", "busy", "action", "game", "states"
     outputs = "features", "next"
 
     def forward(self, recent, tokens,                # as of `RouteGraph`
                 moved,                               # (B, h, w), of `Shifts.came`
-                onward, means,                       # as of `RouteGraph`, from there
+                onward, means, age,                  # as of `RouteGraph`, from there
                 slots, busy,                         # from `seats`, `busy_places`
                 action, game,                        # (B,)
                 *states: Tensor                      # of each block: window (B, P, k-1, channels), state (B, P, H, P', S)
@@ -149,9 +157,11 @@ class TrunkGraph(Graph):
         "The second half of `Dynamics.look`."
         net, rows, after = self.net, Seats(slots, self.places), []
         histories, condition = BusyHistories(rows, busy), net.condition(action[:, None], game)[:, 0]
-        whole = net.overview(F.adaptive_avg_pool2d(means, 4).flatten(1))
+        past, every = net.past(age)
+        whole = net.overview(F.adaptive_avg_pool2d(means, 4).flatten(1)) + net.enter_ages(every)
         seen, way = (lambda frame: self.near(frame, self.reading, rows, net.mask)), lambda frame: self.near(frame, self.ways, rows, STAYED)
         near, detail = net.entering(seen(tokens), seen(recent[:, -1]), way(moved), way(onward))
+        near = near + net.enter_age(rows.others(past.flatten(2).transpose(1, 2)))
         with_whole = lambda first, others: torch.cat([first[:, None], others.unflatten(0, (rows.frames, -1))], 1).flatten(0, 1)
         x = net.place[rows.place] + with_whole(whole, near)
         for i, (block, bias) in enumerate(zip(net.trunk, net.trunk_offsets(rows))):
@@ -229,15 +239,15 @@ class Backend(_Answers):
     @torch.inference_mode()
     def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
         "As in `WorldModel`."
-        recent, blocks = state.memory.recent, state.memory.blocks
+        recent, blocks, age = state.memory.recent, state.memory.blocks, state.memory.age
         moved = self.came(pixels, state.pixels, tokens != state.tokens)
         onward = self.dynamics.onward(moved)
-        active, means = self.run["route"](recent, tokens, onward, action, state.game)
+        active, means, age = self.run["route"](recent, tokens, onward, age, action, state.game)
         states = [part.unflatten(0, (state.players, -1)) for block in blocks for part in block]
-        seen = recent, tokens, moved, onward, means, seats(active), busy_places(active, states[0]), action, state.game
+        seen = recent, tokens, moved, onward, means, age, seats(active), busy_places(active, states[0]), action, state.game
         features, *states = self.run["trunk"](*seen, *states)
         states = [part.flatten(0, 1) for part in states]
-        memory = Memory(list(zip(states[::2], states[1::2])), torch.cat([recent[:, 1:], tokens[:, None]], 1))
+        memory = Memory(list(zip(states[::2], states[1::2])), torch.cat([recent[:, 1:], tokens[:, None]], 1), age)
         return replace(state, memory=memory, features=features, active=active, tokens=tokens, onward=onward, pixels=pixels,
                        frame=state.frame + 1)
 
@@ -311,16 +321,16 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
         state = wm.start(np.stack([clip[:8]] * 2), np.stack([actions[:7]] * 2), wm.games[0])
         states = tuple(part.unflatten(0, (2, -1)) for block in state.memory.blocks for part in block)
         key, slots, recent, moved = state.game * 0, seats(state.active), state.memory.recent, state.tokens * 0
-        _, means = backend.run["route"](recent, state.tokens, state.onward, key, state.game)
+        _, means, age = backend.run["route"](recent, state.tokens, state.onward, state.memory.age, key, state.game)
     axis = torch.export.Dim
     players, seat, busy = {0: axis("players")}, axis("seats", min=2), axis("busy", min=2)
     at, every, after = {0: players[0], 1: seat}, (players,) * len(states), (key, state.game)
     clone = lambda *tensors: tuple(t.clone() for t in tensors)     # outside inference mode: plain tensors
     return {
         "head": (clone(state.features, slots, state.tokens, state.onward, state.tokens, *after), (players, at, *(players,) * 5)),
-        "route": (clone(recent, state.tokens, state.onward, *after), (players,) * 5),
-        "trunk": (clone(recent, state.tokens, moved, state.onward, means, slots, busy_places(state.active, states[0]), *after, *states),
-                  (*(players,) * 5, at, {0: players[0], 1: busy}, players, players, every))}
+        "route": (clone(recent, state.tokens, state.onward, age, *after), (players,) * 6),
+        "trunk": (clone(recent, state.tokens, moved, state.onward, means, age, slots, busy_places(state.active, states[0]), *after, *states),
+                  (*(players,) * 6, at, {0: players[0], 1: busy}, players, players, every))}
 
 
 def input_names(graph: str, tensors: int) -> list[str]:   # a name of `GRAPHS`, how many it takes
@@ -612,8 +622,8 @@ def frame_ms(wm: WorldModel,    # or a backend
              ) -> float:
     "Median milliseconds from a key to its frame, memory included."
     few = latencies(wm, game, 5, warmup=5, seed=seed)
-    more = round(1000 * seconds / np.median(few))
-    return float(np.median(latencies(wm, game, min(max(more, 5), 1000), warmup=5, seed=seed)))
+    more = round(1000 * seconds / np.median(few[:, 1]))
+    return float(np.median(latencies(wm, game, min(max(more, 5), 1000), warmup=5, seed=seed)[:, 1]))
 
 # %% ../nbs/14_export.ipynb #exp00049
 def fastest(wm: WorldModel,                  # float32, on the CPU
@@ -646,6 +656,37 @@ def load_player(model: str,            # shipped name, folder or Hub id
     player, trials = fastest(WorldModel.from_pretrained(model, "cpu", "float32"), engines)
     print(course.Table(map(asdict, trials)), flush=True)
     return player
+
+# %% ../nbs/14_export.ipynb #smooth01
+def smooth(wm: WorldModel,    # for its tokens and shifts
+           film: np.ndarray   # uint8 (T, H, W, 3)
+           ) -> np.ndarray:   # uint8 (2 T - 1, H, W, 3)
+    "A film of twice as many pictures a second."
+    frames = torch.from_numpy(film).to(wm.dynamics.codes.device)
+    moved = wm.read(frames[None])[1][0, 1:]
+    pairs = zip(frames.split(1), frames[1:].split(1), moved.split(1))
+    between = [halfway(*pair, wm.dynamics.onward.step)[0].cpu().numpy() for pair in pairs]
+    return np.stack([picture for both in zip(film, between) for picture in both] + [film[-1]])
+
+
+def smooth_figures(wm: WorldModel, game: str,
+                   frames: int = 300,   # of play
+                   seed: int = 0        # of the play
+                   ) -> list[course.Figure]:
+    "How near a picture between two real frames is to the real one there, beside the frame before it and the average of both."
+    env = data.Environment(game, wm.frame_size)
+    film, middle, player = [env.reset(seed)], [], data.player_of("mixed", game, env.actions, seed)
+    for _ in tqdm(range(frames), desc=game, leave=False):
+        key = player(env)
+        middle.append(env.middle(key))
+        film.append(env.step(key))
+    film, middle = np.stack(film), np.stack(middle)
+    begin = time.perf_counter()
+    between, each = smooth(wm, film)[1::2], (time.perf_counter() - begin) / frames
+    average = (film[:-1].astype(np.uint16) + film[1:]) // 2
+    own, last, mean = (training.mse(shown, middle) for shown in (between, film[:-1], average.astype(np.uint8)))
+    said = f"average of both frames: {evaluation.decibel(mean):.1f} dB; {1000 * each:.1f} ms a picture, tokens included"
+    return [evaluation.figure("between_psnr", evaluation.decibel, own, baseline=evaluation.decibel(last), unit="dB", game=game, seed=seed, source=said)]
 
 # %% ../nbs/14_export.ipynb #exp00081
 @dataclass
@@ -836,6 +877,7 @@ def bench_command(parser) -> None:
     "Options of `lwm bench`."
     by_engine(parser, evaluation.bench_command, evaluation.run_bench)
     parser.add_argument("--roofline", action="store_true", help="instead: a frame's cost, this machine's peaks, projections for cards")
+    parser.add_argument("--smooth", action="store_true", help="instead: pictures between two frames, beside the emulator's")
     parser.add_argument("--compare", metavar="FILE", nargs=2, help="instead: print two results files side by side")
     parser.add_argument("--page", metavar="FILE", nargs="+", help="instead: a table and a plot of results files, in --out")
     parser.add_argument("--out", metavar="FOLDER", default="out/bench", help="where --page writes bench.md and bench.png (default: out/bench)")
@@ -843,7 +885,7 @@ def bench_command(parser) -> None:
     def run(args):
         if args.compare: print(compare(*args.compare))
         elif args.page: print(bench_page(args.page, args.out), f"{args.out}/bench.md", sep="\n")
-        else: (run_roofline if args.roofline else measure)(args)
+        else: (run_roofline if args.roofline else run_smooth if args.smooth else measure)(args)
     parser.set_defaults(run=run)
 
 
@@ -851,5 +893,13 @@ def run_roofline(args) -> None:
     "`lwm bench --roofline`."
     wm = WorldModel.from_pretrained(args.model, "cpu", "float32")
     figures = roofline_figures(wm, wm.games[wm.game_index(args.game or wm.games[0])], args.size or "base", args.seed)
+    course.print_figures(figures)
+    if args.json: course.save_results(args.json, args.line, figures, args.seed)
+
+
+def run_smooth(args) -> None:
+    "`lwm bench --smooth`."
+    wm = WorldModel.from_pretrained(args.model, "cpu", "float32")
+    figures = [f for game in ([args.game] if args.game else wm.games) for f in smooth_figures(wm, wm.games[wm.game_index(game)], args.frames, args.seed)]
     course.print_figures(figures)
     if args.json: course.save_results(args.json, args.line, figures, args.seed)

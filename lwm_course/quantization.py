@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from . import course, data, motion, training
-from .dynamics import SURE, Dynamics, DynamicsConfig, Memory, PlayState, WorldModel, dynamics_loss, evaluate
+from .dynamics import SURE, Dynamics, DynamicsConfig, PlayState, WorldModel, dynamics_loss, evaluate
 from .evaluation import tokenizer_figures
 from .tokenizer import Tokenizer, TokenizerConfig
 
@@ -499,7 +499,7 @@ def rounded_state(state: PlayState,
         noise = 0 if chance is None else (torch.rand(rows.shape, generator=chance) - 0.5) * grid.step
         return grid.nearest(rows + noise).view_as(h)
     blocks = [block and (block[0], keep(block[1])) for block in state.memory.blocks]
-    return replace(state, memory=Memory(blocks, state.memory.recent))
+    return replace(state, memory=replace(state.memory, blocks=blocks))
 
 # %% ../nbs/13_quantization.ipynb #q13c086
 class OnGrid(nn.Module):

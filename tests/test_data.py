@@ -225,6 +225,15 @@ def test_cloning_is_exact():
     for (a, *rest), (b, *other) in zip(*runs): assert (a == b).all() and rest == other
 
 
+def test_the_middle_of_a_step_leaves_the_game_where_it_is():
+    env, again = Environment("ALE/Pong-v5", (64, 64)), Environment("ALE/Pong-v5", (64, 64))
+    for game in (env, again): game.reset(0)
+    for t in range(60):
+        before, middle = env.native.copy(), env.middle(2 + t % 2)
+        assert (env.native == before).all() and middle.shape == (64, 64, 3)
+        assert (env.step(2 + t % 2) == again.step(2 + t % 2)).all() and env.ram.tobytes() == again.ram.tobytes()
+
+
 def test_a_new_game_follows_the_end():
     env = Environment("ALE/Breakout-v5", (32, 32))
     first, ends = env.reset(0), 0

@@ -358,7 +358,7 @@ def test_a_failing_model_is_told_and_survived(model, monkeypatch):
         player.send("start", paused=True)
         player.until(FRAME)
         with monkeypatch.context() as patch:
-            patch.setattr(type(model), "step", lambda *args, **options: 1/0)
+            patch.setattr(type(model), "frame", lambda *args, **options: 1/0)
             player.send("step")
             assert "ZeroDivisionError" in player.until("paused")["message"]
         player.send("start", paused=True)
@@ -419,6 +419,8 @@ def test_play_records_without_a_browser(tmp_path, model, capfd):
         assert main(["play", game, "--record", str(tmp_path/name), "--keys", "RIGHT*4 NOOP*2 FIRE"]) == 0, capfd.readouterr().err
     with Image.open(tmp_path/"film.gif") as film: assert film.format == "GIF"
     with Image.open(tmp_path/"strip.png") as strip: assert strip.size[0] == 8*strip.size[1]
+    assert main(["play", game, "--record", str(tmp_path/"smooth.gif"), "--keys", "RIGHT*4 NOOP*2 FIRE", "--smooth", "--compare"]) == 0
+    with Image.open(tmp_path/"smooth.gif") as film: assert film.size[0] == 2*film.size[1]     # a picture that stands still is kept once
     assert main(["play", game, "--record", str(tmp_path/"film.gif"), "--keys", "RIGTH*4"]) == 1
     assert "RIGHT" in capfd.readouterr().err
     assert main(["play", game, "--record", str(tmp_path/"film.exe"), "--keys", "NOOP"]) == 1

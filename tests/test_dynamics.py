@@ -10,7 +10,7 @@ import torch
 from lwm_course import course, data, dynamics, evaluation, recipe
 from lwm_course.dynamics import (Dynamics, DynamicsConfig, Moment, Recipe, WorldModel, action_response, dynamics_loss, log_probs, next_frame,
                                  own_prediction)
-from lwm_course.motion import FEW, MOVED, NEW, STAYED, shifts
+from lwm_course.motion import FEW, LONG, MOVED, NEW, STAYED, shifts
 from lwm_course.tokenizer import Tokenizer, TokenizerConfig
 from lwm_course.training import MODELS, mse
 
@@ -56,7 +56,7 @@ def batch_of(tokens, seed=0):
     moved = torch.full_like(tokens, STAYED)
     moved[:, 1:][changed] = torch.where(matches[:, 0] < 0, NEW, MOVED + matches[:, 0])
     return {"tokens": tokens, "actions": torch.randint(3, (B, T), generator=chance), "game": torch.arange(B) % 2, "weight": torch.ones(B),
-            "moved": moved, "where": changed.flatten().nonzero()[:, 0], "matches": matches}
+            "moved": moved, "age": torch.full_like(tokens[:, 0], LONG), "where": changed.flatten().nonzero()[:, 0], "matches": matches}
 
 
 def play_of(players=3, frames=5, seed=0):
@@ -80,13 +80,38 @@ def close(a, b):
 def test_every_weight_learns_and_config_survives_json():
     torch.manual_seed(0)
     net = Dynamics(small())
-    for part in net.shift.parameters(): torch.nn.init.normal_(part)         # at zero, what is behind it does not learn in the first step
+    for part in (*net.shift.parameters(), *net.enter_age.parameters()): torch.nn.init.normal_(part)         # at zero, what is behind it does not learn in the first step
     loss, parts = dynamics_loss(net, batch_of(film_of(2, 9)), 401, Recipe(masked=0.5))        # a step with the model's own predictions in the context
     loss.backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
     assert {"gate", "naming", "right", "shifted", "found", "reached", "active", "changed"} <= set(parts) and all(math.isfinite(v) for v in parts.values())
     again = DynamicsConfig(**json.loads(json.dumps(dynamics.asdict(net.config))))
     assert again == net.config
+
+
+def test_rows_play_in_float32_where_bfloat16_would_be_native(monkeypatch):
+    monkeypatch.setattr(dynamics.training, "_cpu_has_bfloat16", lambda: True)
+    assert small_world().ready("cpu").dynamics.masked.dtype == torch.float32              # a new shape in every frame
+    assert small_world(least=0.0).ready("cpu").dynamics.masked.dtype == torch.bfloat16    # always the same
+
+
+def test_a_frame_comes_before_it_is_remembered(world):
+    frames, keys = play_of()
+    begin = world.start(frames, keys, [PONG, FREEWAY, PONG], 5)
+    (shown, after), (frame, state) = world.frame(begin, [1, 2, 0], 1.0), world.step(begin, [1, 2, 0], 1.0)
+    assert torch.equal(shown, frame)
+    for one, other in zip((later := after()).memory.blocks, state.memory.blocks): assert all(map(torch.equal, one, other))
+    assert torch.equal(world.step(later, [2, 1, 3])[0], world.step(state, [2, 1, 3])[0])
+
+
+def test_a_place_where_nothing_happens_knows_for_how_long():
+    torch.manual_seed(0)
+    net, tokens, keys, game = Dynamics(small()).eval(), film_of(1, 1).repeat(1, 30, 1, 1), torch.zeros(1, 30, dtype=torch.long), torch.tensor([0])
+    tokens[:, 10:, 0, 0] += 1                                                             # once a token changes, far from the last position
+    for part in (net.router.past, net.enter_ages): torch.nn.init.normal_(part.weight)
+    with torch.no_grad(): features, active, route, memory = look(net, tokens, torch.zeros_like(tokens), keys, game)
+    assert (route[0, 12:, 0].diff().abs() > 1e-6).all() and memory.age[0, 0] == 19 and memory.age[0, -1] == LONG + 30
+    assert active[0, 10, 0] and (features[0, 12:, -1, :64].diff(dim=0).abs().amax(1) > 1e-4).all()     # so does the frame as a whole
 
 
 @pytest.mark.parametrize("every, most", [(1, 32), (2, 32), (1, 5)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lwm_course import course, export
+from lwm_course.course import main
 from lwm_course.dynamics import Dynamics, WorldModel
 from lwm_course.export import Backend, busy_places, fastest, graphs, key_presses, load_backend, opening, parity, seats
 from lwm_course.ssm import Mamba2
@@ -275,6 +276,12 @@ def test_two_results_side_by_side(tmp_path):
     assert "1.5" in table and "one" in table and len(table.splitlines()) == 3
     course.save_results(tmp_path/"other.json", "made up", [course.Figure("ms", 1.0)])
     with pytest.raises(ValueError, match="no figure in common"): export.compare(tmp_path/"one.json", tmp_path/"other.json")
+
+
+def test_a_picture_between_two_frames_is_nearer_to_the_games(tmp_path):
+    assert main(["bench", "--smooth", "--game", "ALE/Pong-v5", "--frames", "60", "--json", str(tmp_path/"smooth.json")]) == 0
+    [figure] = json.loads((tmp_path/"smooth.json").read_text())["figures"]
+    assert figure["value"] > figure["baseline"] + 3 and "average of both" in figure["source"]
 
 
 def test_benchmarks_side_by_side_on_a_page(tmp_path):
