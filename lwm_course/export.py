@@ -693,7 +693,7 @@ def smooth_figures(wm: WorldModel, game: str,
 class Cost:
     "What one frame of play takes at least."
     flops: float   # operations of matrix products and convolutions
-    bytes: float   # weights once, the players' states in and out
+    bytes: float   # weights once (but tables), the players' states in and out
 
     def seconds(self, flops: float, bandwidth: float) -> float:   # peaks: operations and bytes per second
         "The shortest time in which a machine can do it."
@@ -712,7 +712,8 @@ def frame_cost(wm: WorldModel,
     state = wm.start(np.stack([clip] * players), np.stack([actions] * players), game)
     with FlopCounterMode(display=False) as counter:
         for key in key_presses(len(wm.actions(game)), frames, seed): _, state = wm.step(state, [key] * players)
-    weights = sum(p.numel() * p.element_size() for p in wm.dynamics.parameters())
+    rows = {id(layer.weight) for layer in wm.dynamics.modules() if isinstance(layer, nn.Embedding)}    # of tables only a few are read
+    weights = sum(p.numel() * p.element_size() for p in wm.dynamics.parameters() if id(p) not in rows)
     return Cost(counter.get_total_flops() / frames, weights + 2 * state.memory.nbytes)
 
 # %% ../nbs/14_export.ipynb #exp00088

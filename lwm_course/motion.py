@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DRAWN', 'REACH', 'FEW', 'STAYED', 'NEW', 'ANY', 'MOVED', 'LONG', 'FULL', 'shifts', 'Motion', 'ranks', 'Shifts',
            'Came', 'Onward', 'halfway', 'grouped', 'older', 'ages', 'ages_at', 'Rows', 'add_to', 'Histories', 'filled',
-           'Offsets', 'SpatialAttention', 'Router', 'explain', 'tokenize', 'read_tokens', 'clip_of', 'matches_of',
-           'unspoilt', 'of_clip', 'batch_of', 'TokenClips', 'corrupt', 'vanish']
+           'Offsets', 'SpatialAttention', 'Film', 'Router', 'previous', 'Closeup', 'explain', 'tokenize', 'read_tokens',
+           'clip_of', 'matches_of', 'unspoilt', 'of_clip', 'batch_of', 'TokenClips', 'corrupt', 'vanish']
 
 # %% ../nbs/06b_motion.ipynb #mot00005
 import math, zipfile, zlib
@@ -352,6 +352,20 @@ class SpatialAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return self.out(rows.from_frame(y.transpose(1, 2).flatten(2)))
 
+# %% ../nbs/06b_motion.ipynb #ceead998
+class Film(nn.Module):
+    "A normalised input, scaled and shifted by a condition (Perez et al. 2018)."
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.condition = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor,          # (N, D)
+                condition: Tensor,        # (F, D), one for each frame
+                frame: Tensor             # (N,) of each row
+                ) -> Tensor:
+        scale, shift = self.condition(condition)[frame].chunk(2, -1)
+        return self.norm(x) * (1 + scale) + shift
+
 # %% ../nbs/06b_motion.ipynb #router01
 class Router(nn.Module):
     "A small convolutional network that says where something may change next."
@@ -379,6 +393,50 @@ class Router(nn.Module):
         x = F.silu(x)
         x = F.silu(x + self.inner(x))
         return (self.leave(x)[:, 0] + self.place[game]).flatten(1)
+
+# %% ../nbs/06b_motion.ipynb #closeup1
+def previous(x: Tensor    # (B, T, ...), frames
+             ) -> Tensor: # (B, T, ...)
+    "Of each frame the one before; of the first, itself."
+    return torch.cat([x[:, :1], x[:, :-1]], 1)
+
+
+class Closeup(nn.Module):
+    "A closer look at the few tokens that change, and at what is around them."
+    def __init__(self, codebook: int,   # different tokens
+                 code: int,             # V, numbers that describe one
+                 message: int,          # channels of what the network says of a token
+                 way: int,              # channels of a way
+                 width: int,            # W
+                 answers: int,          # numbers to give
+                 reach: int = 2         # tokens to either side that are seen
+                 ):
+        super().__init__()
+        self.reach, self.code, self.own = reach, nn.Linear(code, width // 8), nn.Embedding(codebook + 1, width // 8)   # the last one: outside
+        self.see = nn.Linear((2 * reach + 1) ** 2 * (2 * (width // 8) + way) + message, width // 2)
+        self.think, self.answer = nn.Linear(width // 2, width), nn.Linear(width, answers)
+        nn.init.normal_(self.own.weight, std=0.5)
+
+    def reading(self, codes: Tensor   # (codebook, V)
+                ) -> Tensor:          # (codebook + 1, W / 8)
+        "Embeddings of the codes, and of what is outside of a frame."
+        return self.own.weight + F.pad(self.code(codes.to(self.own.weight.dtype)) / 2, (0, 0, 0, 1))
+
+    def forward(self, message: Tensor,           # (N, message)
+                chosen: Tensor,                  # bool (..., h, w), N of them
+                before: Tensor, tokens: Tensor,  # (..., h, w), two frames
+                onward: Tensor,                  # (..., h, w), of `Onward`
+                reading: Tensor, ways: Tensor    # tables: of `reading`, and of `Came`
+                ) -> Tensor:                     # (N, answers)
+        frame, y, x = chosen.flatten(0, -3).nonzero().unbind(1)
+        by = torch.arange(-self.reach, self.reach + 1, device=chosen.device)
+        (h, w), y, x = chosen.shape[-2:], y[:, None, None] + by[:, None], x[:, None, None] + by                        # (N, many, 1), (N, 1, many)
+        out, at = (y < 0) | (y >= h) | (x < 0) | (x >= w), (frame[:, None, None], y.clamp(0, h - 1), x.clamp(0, w - 1))
+        near = [F.embedding(grid.flatten(0, -3)[at].masked_fill(out, margin).flatten(1), table).flatten(1) for grid, table, margin in
+                ((before, reading, len(reading) - 1), (tokens, reading, len(reading) - 1), (onward, ways, STAYED))]
+        rows = torch.cat([*near, message.to(near[0].dtype)], 1)
+        if torch.is_autocast_enabled("cpu"): rows = F.pad(rows, (0, 0, 0, -len(rows) % FULL))     # few shapes: see `filled`
+        return self.answer(F.silu(self.think(F.silu(self.see(rows)))))[:len(frame)]
 
 # %% ../nbs/06b_motion.ipynb #mot00024
 def explain(motion: Shifts,
@@ -516,7 +574,7 @@ def corrupt(tokens: Tensor,  # (B, T, h, w)
             ) -> Tensor:     # (B, T, h, w)
     "Damage as the model itself does it, where something moves: a change comes late, or another token appears."
     (B, T), on = tokens.shape[:2], dict(device=tokens.device)
-    before = torch.cat([tokens[:, :1], tokens[:, :-1]], 1)
+    before = previous(tokens)
     moves = tokens != before
     near = F.max_pool2d(moves.flatten(0, 1).float()[:, None], 3, 1, 1)[:, 0].view_as(moves) > 0
     hit = near & (torch.rand(tokens.shape, **on) < torch.rand(B, 1, 1, 1, **on) * level)

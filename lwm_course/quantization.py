@@ -166,6 +166,12 @@ class Context:
         return model.onward(self.moved[:, :-1])
 
     @torch.inference_mode()
+    def closer(self, model: Dynamics, out: Tensor, chosen: Tensor) -> Tensor:   # of `ask`, bool (B, T, h, w) -> of `Dynamics.closer`
+        "A closer look at tokens of the next frames."
+        tokens = self.tokens[:, :-1]
+        return model.closer(out[chosen], chosen, motion.previous(tokens), tokens, self.onward(model))
+
+    @torch.inference_mode()
     def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
         "What a network says of each next frame: embeddings of its tokens, and copy logits."
         came_by = F.pad(self.actions, (1, 0))[:, :-1]
@@ -180,10 +186,10 @@ def stored(module: nn.Module) -> list[str]:
 
 
 def busy_layers(model: Dynamics) -> dict[str, nn.Linear]:
-    "Linear layers that work at every frame. `read_code`, `name_code` and `lead` only make tables, once."
+    "Linear layers that work at every frame. `read_code`, `name_code`, `closeup.code` and `lead` only make tables, once."
     kept = set(stored(model))
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and f"{name}.weight" in kept
-            and not name.startswith(("read_code", "name_code", "lead"))}
+            and not name.startswith(("read_code", "name_code", "closeup.code", "lead"))}
 
 
 def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Tensor]:   # layer -> (N, D), N <= most
@@ -193,7 +199,7 @@ def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Te
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     try:
         out, gate = context.ask(model)
-        with torch.inference_mode(): model.origins(out[gate != SURE], context.onward(model)[gate != SURE])
+        context.closer(model, out, gate != SURE)
     finally:
         for hook in hooks: hook.remove()
     return {name: x[torch.linspace(0, len(x) - 1, min(most, len(x))).long()].clone() for name, x in seen.items()}
@@ -274,7 +280,7 @@ class Scheme:
 
 SCHEMES = {   # name -> scheme; "mixed" chooses its layers when it is made, and int8-qat and int4-qat train first
     "float32": Scheme(), "bfloat16": Scheme(dtype="bfloat16"), "float16": Scheme(dtype="float16"),
-    "int8": Scheme(8, inputs="static"), "int8-dynamic": Scheme(8, inputs="dynamic"), "int8-weights": Scheme(8),
+    "int8": Scheme(8, inputs="static", smooth=0.5), "int8-dynamic": Scheme(8, inputs="dynamic"), "int8-weights": Scheme(8),
     "int8-qat": Scheme(8, inputs="dynamic"), "int4": Scheme(4, 32, table=4), "int4-qat": Scheme(4, 32, table=4),
     "mixed": Scheme(4, 32, table=4)}
 
@@ -422,7 +428,8 @@ def divergence(reference: Dynamics,   # whose answers count as right
     apart = lambda sign: F.logsigmoid(sign * gate) - F.logsigmoid(sign * gate2)
     change, off = gate < 0, gate.sigmoid() * apart(1) + gate.neg().sigmoid() * apart(-1)
     kl = lambda right, own: F.kl_div(own, right, reduction="none", log_target=True).sum(-1)
-    both, onward = [(model, x[change]) for model, x in ((reference, out), (other, out2))], context.onward(reference)[change]
+    both = [(model, context.closer(model, x, change)) for model, x in ((reference, out), (other, out2))]
+    onward = context.onward(reference)[change]
     origins = [model.origins(x, onward) for model, x in both]
     into = kl(*origins)
     for (rows, _, fit), (_, _, fit2) in zip(*(model.names(x, motion.of_clip(context.game, change)) for model, x in both)):

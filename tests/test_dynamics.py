@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def small(**options):
     "A configuration of a few thousand weights, for frames of 64 pixels."
-    return DynamicsConfig(**{**dict(games=GAMES, grid=8, codebook=40, code=2, group=2, token_width=8, width=64, depth=2, head_depth=1,
+    return DynamicsConfig(**{**dict(games=GAMES, grid=8, codebook=40, code=2, group=2, token_width=8, closer=32, width=64, depth=2, head_depth=1,
                                     attention_heads=2, guidance=1.0),
                              **options})
 
@@ -80,7 +80,7 @@ def close(a, b):
 def test_every_weight_learns_and_config_survives_json():
     torch.manual_seed(0)
     net = Dynamics(small())
-    for part in (*net.shift.parameters(), *net.enter_age.parameters()): torch.nn.init.normal_(part)         # at zero, what is behind it does not learn in the first step
+    for part in (net.closeup.answer.weight, *net.enter_age.parameters()): torch.nn.init.normal_(part)         # at zero, what is behind it does not learn in the first step
     loss, parts = dynamics_loss(net, batch_of(film_of(2, 9)), 401, Recipe(masked=0.5))        # a step with the model's own predictions in the context
     loss.backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
@@ -130,7 +130,7 @@ def test_reading_at_once_equals_reading_frame_by_frame(every, most):
         rest, _, _, _ = look(net, tokens[:, 17:], moved[:, 17:], keys[:, 17:], game, middle)
         packed, _, _, none = look(net, tokens, moved, keys, game, remember=False)
     assert torch.allclose(rest, features[:, 17:], atol=1e-4, rtol=1e-4)
-    assert torch.allclose(packed, features, atol=1e-5) and none is None
+    assert torch.allclose(packed, features[active], atol=1e-5) and none is None
     assert (features[~active] == 0).all() and active[..., -1].all()
     remembered = [(a, b) for s, m in zip(state.blocks, last.blocks) if s for a, b in zip(s, m)]
     assert remembered and all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in remembered)
@@ -172,16 +172,16 @@ def test_a_row_computes_what_it_would_compute_alone():
 def test_only_codes_of_the_game_are_named():
     net = Dynamics(small())
     net.owned[0, 30:] = False
-    out, gate = torch.randn(2, 8, 8, 16), torch.full((2, 8, 8), -60.0)
-    p = log_probs(net, out, gate, torch.zeros(2, 8, 8, dtype=torch.long), torch.tensor([0, 1])).exp()
+    close, gate = torch.nn.functional.pad(torch.randn(2, 8, 8, net.named), (0, 827)), torch.full((2, 8, 8), -60.0)     # all origins alike
+    p = log_probs(net, close, gate, torch.zeros(2, 8, 8, dtype=torch.long), torch.tensor([0, 1])).exp()
     assert p[0, ..., 30:].max() < 1e-6 and p[1, ..., 30:].max() > 1e-6 and torch.allclose(p.sum(-1), torch.ones(2, 8, 8), atol=1e-5)
     target, none, still, origin = torch.tensor([3, 35]), torch.full((2, FEW), -1), torch.tensor([0, 0]), math.log(826)
-    loss, _, _ = dynamics.name_loss(net, out[0, 0, :2], target, none, still, still, torch.ones(2))
-    known, _, _ = dynamics.name_loss(net, out[0, 0, :1], target[:1], none[:1], still[:1], still[:1], torch.ones(1))
+    loss, _, _ = dynamics.name_loss(net, close[0, 0, :2], target, none, still, still, torch.ones(2))
+    known, _, _ = dynamics.name_loss(net, close[0, 0, :1], target[:1], none[:1], still[:1], still[:1], torch.ones(1))
     assert torch.isclose(loss, known + origin)                      # what has no code in the game cannot be named
     brought = none.clone()
     brought[1, :3] = torch.tensor([0, 7, 9])
-    either, _, _ = dynamics.name_loss(net, out[0, 0, :2], target, brought, still, still, torch.ones(2))
+    either, _, _ = dynamics.name_loss(net, close[0, 0, :2], target, brought, still, still, torch.ones(2))
     assert torch.isclose(either, known + origin - math.log(3))      # any of three shifts will do, and its name is not asked for
 
 
@@ -196,20 +196,19 @@ def test_every_key_and_every_game_counts():
 
 
 def test_log_probs_is_the_mixture():
-    net, out, gate, tokens = Dynamics(small()), torch.randn(2, 8, 8, 16), torch.randn(2, 8, 8), torch.randint(40, (2, 8, 8))
+    net, close, gate, tokens = Dynamics(small()), torch.randn(2, 8, 8, 8 + 827), torch.randn(2, 8, 8), torch.randint(40, (2, 8, 8))
     game, stays = torch.tensor([0, 1]), gate.sigmoid()[..., None]
-    [(_, _, fit)] = net.names(out.flatten(0, -2), torch.zeros(128, dtype=torch.long))
+    [(_, _, fit)] = net.names(close.flatten(0, -2), torch.zeros(128, dtype=torch.long))
     expected = stays * torch.nn.functional.one_hot(tokens, 40) + (1 - stays) * fit.softmax(-1).view(2, 8, 8, 40)
-    assert torch.allclose(log_probs(net, out, gate, tokens, game).exp(), expected, atol=1e-6)
-    assert torch.isfinite(log_probs(net, out, gate + 80, tokens, game)).all()
-    torch.nn.init.normal_(net.shift.weight)
+    assert torch.allclose(log_probs(net, close, gate, tokens, game).exp(), expected, atol=1e-6)
+    assert torch.isfinite(log_probs(net, close, gate + 80, tokens, game)).all()
     brought = torch.randint(40, (2, 8, 8, len(shifts(net.config.shifts))))
     onward = torch.where(torch.rand(2, 8, 8) < 0.5, STAYED, torch.randint(MOVED, MOVED + brought.shape[-1], (2, 8, 8)))
-    origins = net.origins(out.flatten(0, -2), onward.flatten()).exp().view(2, 8, 8, -1)
+    origins = net.origins(close.flatten(0, -2), onward.flatten()).exp().view(2, 8, 8, -1)
     change = origins[..., -1:] * fit.softmax(-1).view(2, 8, 8, 40)
     change = change + torch.stack([(origins[..., :-1] * (brought == code)).sum(-1) for code in range(40)], -1)
     expected = stays * torch.nn.functional.one_hot(tokens, 40) + (1 - stays) * change
-    assert torch.allclose(log_probs(net, out, gate, tokens, game, brought, onward).exp(), expected, atol=1e-5)
+    assert torch.allclose(log_probs(net, close, gate, tokens, game, brought, onward).exp(), expected, atol=1e-5)
 
 
 def test_own_prediction_is_what_play_would_show(world):
@@ -295,7 +294,7 @@ def test_refinement_settles_changes_pass_by_pass(monkeypatch):
     "What stays is surest of all: if it were counted, no change would be settled before the last pass."
     world, asked = small_world(), []
     torch.nn.init.constant_(world.dynamics.gate.bias, -1.0)         # most tokens of a row change,
-    torch.nn.init.normal_(world.dynamics.shift.weight)              # ... and come from somewhere
+    torch.nn.init.normal_(world.dynamics.closeup.answer.weight)              # ... and come from somewhere
     head = world.head
     monkeypatch.setattr(world, "head", lambda state, action, known, guidance: asked.append(known) or head(state, action, known, guidance))
     frames, keys = play_of(2)
@@ -321,7 +320,7 @@ def by_gates(world, monkeypatch, gates):
 def test_one_ball_in_several_passes_none_in_one(monkeypatch):
     "Four places share the odds of a ball, and each pass knows which are settled: the last one left is sure to have it."
     world, places = small_world(), torch.tensor([18, 19, 41, 54])      # of 64 tokens
-    torch.nn.init.normal_(world.dynamics.shift.weight)
+    torch.nn.init.normal_(world.dynamics.closeup.answer.weight)
     def gates(known):
         gate = torch.full(known.shape, 20.0)
         for own, tokens in zip(gate.flatten(1), known.flatten(1)):

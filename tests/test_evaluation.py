@@ -53,7 +53,7 @@ def small_world(games=(PONG, TETRIS)):
     torch.manual_seed(0)
     tokenizer = Tokenizer(TokenizerConfig(frame_size=64, levels=(8, 5), encoder_width=32, encoder_depth=1, width=32, depth=1))
     names = {game: tuple(data.Environment(game).actions) for game in games}
-    size = dict(grid=8, codebook=40, code=2, group=2, token_width=8, width=64, depth=2, head_depth=1, attention_heads=2)
+    size = dict(grid=8, codebook=40, code=2, group=2, token_width=8, closer=32, width=64, depth=2, head_depth=1, attention_heads=2)
     return WorldModel(tokenizer, Dynamics(DynamicsConfig(names, **size))).ready("cpu", "float32")
 
 
