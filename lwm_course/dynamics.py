@@ -346,15 +346,13 @@ class _Origins(_Trunk):
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         self.lead = nn.Linear(self.came.width, 2 * config.token_width, bias=False)   # what a token hears of what reaches it
-        self.named = config.closer // 4         # numbers that name it; then one for each shift, `by name`, and trust in the shift that goes on
-        self.closeup = Closeup(config.codebook, config.code, 2 * config.token_width, self.came.width, config.closer,
-                               self.named + len(self.came.shifts) + 2)
-        last = self.closeup.answer
-        for part in (last.weight, last.bias): nn.init.zeros_(part[self.named:])
-        nn.init.constant_(last.bias[-1], 4.0)
+        self.named = config.closer // 4     # numbers that name it; then one for each shift, for a name, and trust in the shift that goes on
+        answers = self.named + len(self.came.shifts) + 2
+        self.closeup = Closeup(config.codebook, config.code, 2 * config.token_width, self.came.width, config.closer, answers)
+        for part in self.closeup.answer.parameters(): nn.init.zeros_(part[self.named:])
+        nn.init.constant_(self.closeup.answer.bias[-1], 4.0)
 
-    def leads(self) -> Tensor:   # (MOVED + S, 2 * E)
-        "What is added to a token's two embeddings if a way reaches it."
+    def leads(self) -> Tensor:   # (MOVED + S, 2 * E), what is added to a token's two embeddings if a way reaches it
         return self.table("lead", lambda: self.lead(self.ways()))
 
     def closer(self, out: Tensor,      # (N, 2 * E) of tokens that change, of `Dynamics.predict`
@@ -362,8 +360,7 @@ class _Origins(_Trunk):
                before: Tensor, tokens: Tensor, onward: Tensor   # (..., h, w), of the last two frames
                ) -> Tensor:            # (N, W / 4 + S + 2)
         "A closer look at tokens that change: what `names` and `origins` need to know."
-        reading = self.table("closer", lambda: self.closeup.reading(self.codes))
-        return self.closeup(out, chosen, before, tokens, onward, reading, self.ways())
+        return self.closeup(out, chosen, before, tokens, onward, self.table("closer", lambda: self.closeup.reading(self.codes)), self.ways())
 
     def origins(self, close: Tensor, # (N, W / 4 + S + 2), of `closer`
                 onward: Tensor       # (N,) of these

@@ -394,21 +394,19 @@ class Router(nn.Module):
         x = F.silu(x + self.inner(x))
         return (self.leave(x)[:, 0] + self.place[game]).flatten(1)
 
-# %% ../nbs/06b_motion.ipynb #closeup1
+# %% ../nbs/06b_motion.ipynb #closeup9
 def previous(x: Tensor    # (B, T, ...), frames
              ) -> Tensor: # (B, T, ...)
     "Of each frame the one before; of the first, itself."
     return torch.cat([x[:, :1], x[:, :-1]], 1)
 
-
+# %% ../nbs/06b_motion.ipynb #closeup1
 class Closeup(nn.Module):
     "A closer look at the few tokens that change, and at what is around them."
     def __init__(self, codebook: int,   # different tokens
                  code: int,             # V, numbers that describe one
-                 message: int,          # channels of what the network says of a token
-                 way: int,              # channels of a way
-                 width: int,            # W
-                 answers: int,          # numbers to give
+                 message: int, way: int,     # channels of what the network says of a token, and of a way
+                 width: int, answers: int,   # W, and how many numbers to give
                  reach: int = 2         # tokens to either side that are seen
                  ):
         super().__init__()
@@ -430,7 +428,7 @@ class Closeup(nn.Module):
                 ) -> Tensor:                     # (N, answers)
         frame, y, x = chosen.flatten(0, -3).nonzero().unbind(1)
         by = torch.arange(-self.reach, self.reach + 1, device=chosen.device)
-        (h, w), y, x = chosen.shape[-2:], y[:, None, None] + by[:, None], x[:, None, None] + by                        # (N, many, 1), (N, 1, many)
+        (h, w), y, x = chosen.shape[-2:], y[:, None, None] + by[:, None], x[:, None, None] + by      # (N, many, 1), (N, 1, many)
         out, at = (y < 0) | (y >= h) | (x < 0) | (x >= w), (frame[:, None, None], y.clamp(0, h - 1), x.clamp(0, w - 1))
         near = [F.embedding(grid.flatten(0, -3)[at].masked_fill(out, margin).flatten(1), table).flatten(1) for grid, table, margin in
                 ((before, reading, len(reading) - 1), (tokens, reading, len(reading) - 1), (onward, ways, STAYED))]

@@ -157,8 +157,7 @@ class Context:
         if not games: raise ValueError("The model has no start clips to calibrate on: make a `Context` from play of your own")
         found = [wm.clip(game) for game in games]
         frames = min(frames, *(len(clip) for clip, _ in found))
-        film = np.stack([clip[-frames:] for clip, _ in found])
-        keys = np.stack([keys[len(keys) - frames + 1:] for _, keys in found])
+        film, keys = (np.stack(part) for part in zip(*((clip[-frames:], keys[len(keys) - frames + 1:]) for clip, keys in found)))
         return cls(*wm.read(torch.from_numpy(film)), torch.from_numpy(keys).long(), torch.tensor([wm.game_index(game) for game in games]))
 
     def onward(self, model: Dynamics) -> Tensor:   # (B, T, h, w)
@@ -168,8 +167,7 @@ class Context:
     @torch.inference_mode()
     def closer(self, model: Dynamics, out: Tensor, chosen: Tensor) -> Tensor:   # of `ask`, bool (B, T, h, w) -> of `Dynamics.closer`
         "A closer look at tokens of the next frames."
-        tokens = self.tokens[:, :-1]
-        return model.closer(out[chosen], chosen, motion.previous(tokens), tokens, self.onward(model))
+        return model.closer(out[chosen], chosen, motion.previous(self.tokens)[:, :-1], self.tokens[:, :-1], self.onward(model))
 
     @torch.inference_mode()
     def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
