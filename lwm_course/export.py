@@ -710,6 +710,7 @@ def frame_cost(wm: WorldModel,
     "Count operations while keys are pressed; bytes in the dtype of the weights."
     clip, actions = opening(wm, game)
     state = wm.start(np.stack([clip] * players), np.stack([actions] * players), game)
+    _, state = wm.step(state, [0] * players)     # tables are made once, in the first frame
     with FlopCounterMode(display=False) as counter:
         for key in key_presses(len(wm.actions(game)), frames, seed): _, state = wm.step(state, [key] * players)
     rows = {id(layer.weight) for layer in wm.dynamics.modules() if isinstance(layer, nn.Embedding)}    # of tables only a few are read
