@@ -6,7 +6,7 @@
 __all__ = ['FPS', 'FRAME_SKIP', 'SCRIPTS', 'PLAYERS', 'KEYS', 'BLANK', 'OBJECTS', 'NUMBERS', 'SIZES', 'VIDEOS', 'SAMPLES',
            'SAMPLE_SEEDS', 'SAMPLE_FRAMES', 'CARD', 'games', 'spec_of', 'flicker', 'resize', 'Environment', 'Episode',
            'digest', 'write_episode', 'read_episode', 'to_palette', 'Chance', 'StickyRandom', 'script', 'toward',
-           'Scripted', 'Mixed', 'player_of', 'Person', 'half_blocks', 'Keyboard', 'versions', 'play', 'slug',
+           'Scripted', 'Mixed', 'Curious', 'player_of', 'Person', 'half_blocks', 'Keyboard', 'versions', 'play', 'slug',
            'episode_path', 'cores', 'run_jobs', 'collect', 'split_of', 'episodes', 'recorded_games', 'clips',
            'blank_frames', 'frozen_frames', 'check_episode', 'validate', 'evenness', 'vendi', 'scenes', 'diversity',
            'Sprite', 'background', 'drawn', 'Number', 'preprocess', 'record', 'read_actions', 'video_frames',
@@ -14,25 +14,8 @@ __all__ = ['FPS', 'FRAME_SKIP', 'SCRIPTS', 'PLAYERS', 'KEYS', 'BLANK', 'OBJECTS'
            'data_command']
 
 # %% ../nbs/01_data.ipynb #f1eb77fa
-import argparse
-import atexit
-import contextlib
-import csv
-import functools
-import hashlib
-import importlib
-import itertools
-import json
-import multiprocessing
-import os
-import random
-import re
-import shutil
-import sys
-import tempfile
-import threading
-import time
-import zipfile
+import argparse, atexit, contextlib, csv, functools, hashlib, importlib, itertools, json, multiprocessing, os
+import random, re, shutil, sys, tempfile, threading, time, zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -613,18 +596,14 @@ class Scripted:
 
 # %% ../nbs/01_data.ipynb #99f33150
 class Mixed:
-    "Scripted and random stretches in turns within one episode, about 60 : 40."
+    "Two players in turns within one episode."
 
     def __init__(
         self,
-        game: str,
-        actions: list[str],         # names
+        parts: list[tuple[Callable, float]],    # players, and the mean length of a stretch, frames
         chance: Chance,
-        scripted: float = 60,       # mean length of a scripted stretch, frames
-        wild: float = 40,           # mean length of a random stretch, frames
     ):
-        self.chance = chance
-        self.parts = [(Scripted(game, actions, chance), scripted), (StickyRandom(actions, chance), wild)]
+        self.parts, self.chance = parts, chance
         self.turn, self.left = chance.integer(2), 0
 
     def __call__(self, env) -> int:
@@ -634,8 +613,32 @@ class Mixed:
         self.left -= 1
         return self.parts[self.turn][0](env)
 
+# %% ../nbs/01_data.ipynb #curious1
+class Curious:
+    "Hold keys that make a difference: every outcome is equally likely, however many keys lead to it."
+
+    def __init__(
+        self,
+        actions: list[str],     # names; only their number matters
+        chance: Chance,
+        hold: float = 2.0,      # mean time an action is held, frames
+    ):
+        self.actions, self.chance, self.hold, self.left = range(len(actions)), chance, hold, 0
+
+    def __call__(self, env) -> int:
+        if self.left == 0:
+            here, outcomes = env.clone(), {}
+            for action in self.actions:
+                env.step_native(action)
+                outcomes.setdefault(env.native.tobytes(), []).append(action)
+                env.restore(here)
+            alike = list(outcomes.values())[self.chance.integer(len(outcomes))]
+            self.action, self.left = alike[self.chance.integer(len(alike))], self.chance.duration(self.hold)
+        self.left -= 1
+        return self.action
+
 # %% ../nbs/01_data.ipynb #05fdf52e
-PLAYERS = "mixed", "scripted", "random"
+PLAYERS = "mixed", "scripted", "random", "curious"
 
 
 def player_of(
@@ -646,9 +649,10 @@ def player_of(
 ) -> Callable:              # player(env) -> index into `actions`
     "A player by name."
     chance = Chance(game, seed, nearest(name, PLAYERS, what="player"))
-    if name == "random":
-        return StickyRandom(actions, chance)
-    return (Mixed if name == "mixed" else Scripted)(game, actions, chance)
+    script, wild = Scripted(game, actions, chance), (Curious if name == "curious" else StickyRandom)(actions, chance)
+    if name in ("scripted", "random"):
+        return script if name == "scripted" else wild
+    return Mixed([(script, 60), (wild, 40)] if name == "mixed" else [(script, 40), (wild, 60)], chance)
 
 # %% ../nbs/01_data.ipynb #7c13ff00
 class Person:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from . import course, data, training
 from .motion import (DRAWN, LONG, MOVED, NEW, REACH, STAYED, Came, Closeup, Film, Histories, Offsets, Onward, Router, Rows,
-                               Shifts, SpatialAttention, add_to, ages, corrupt, filled, grouped, matches_of, of_clip, previous, unspoilt, vanish)
+                               Shifts, SpatialAttention, add_to, ages, corrupt, draw, filled, grouped, matches_of, of_clip, previous, surest, unspoilt, vanish)
 from .ssm import Mamba2
 from .tokenizer import TOKENIZER_SIZES, Tokenizer, tiles_of
 from .training import changed_pixels, find_pretrained, mse, push_folder
@@ -43,6 +43,7 @@ class DynamicsConfig:
     reach: int = 1          # tokens around its own that a position also sees
     token_width: int = 32   # E, channels of a token
     closer: int = 512       # W, channels of the closer look at a token that changes; a quarter of them name it
+    looks: int = 1          # how often it is looked at in play: each time the surest are settled
     detail: int = 64        # channels of what is around a token
     drawn: tuple[int, int] = DRAWN   # rows and columns that the games draw
     shifts: tuple[int, int] = REACH  # by how many of them a patch may move, to either side
@@ -108,13 +109,14 @@ class _Codes(nn.Module):
                  codes: Tensor | None = None   # (codebook, V), of `Tokenizer.code_table`; None: noise
                  ):
         super().__init__()
-        self.config, E, W, names = config, config.token_width, config.closer, config.closer // 4
+        self.config, E, W = config, config.token_width, config.closer
+        self.named = W // 4         # numbers that name a token
         codes = torch.randn(config.codebook, config.code) if codes is None else codes.float()
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("owned", torch.ones(len(config.games), config.codebook, dtype=torch.bool))   # which codes a game has
         self.read_code, self.masked = nn.Linear(config.code, E), nn.Parameter(torch.randn(1, E) * 0.5)
-        self.name_code = nn.Sequential(nn.Linear(config.code, W), nn.SiLU(), nn.Linear(W, names + 1))
-        self.read_own, self.name_own = nn.Embedding(config.codebook, E), nn.Embedding(config.codebook, names + 1)   # what pixels do not say
+        self.name_code = nn.Sequential(nn.Linear(config.code, W), nn.SiLU(), nn.Linear(W, self.named + 1))
+        self.read_own, self.name_own = nn.Embedding(config.codebook, E), nn.Embedding(config.codebook, self.named + 1)   # what pixels do not say
         for own in (self.read_own, self.name_own): nn.init.zeros_(own.weight)
         self._kept = {}     # tables: training changes them at every step, in play they are made once
 
@@ -154,7 +156,7 @@ class _Named(_Codes):
         for g in game.unique().tolist():
             rows, (codes, name, bias) = (game == g).nonzero()[:, 0], self.naming(g)
             with torch.autocast(close.device.type, enabled=False):       # as many rows as there are: see `filled`
-                fit = F.linear(close[rows, :name.shape[1]].float(), name, bias)
+                fit = F.linear(close[rows, :self.named].float(), name, bias)
             yield rows, codes, fit
 
 # %% ../nbs/07_dynamics.ipynb #cond0001
@@ -238,6 +240,7 @@ class _Inputs(_Around):
 
 # %% ../nbs/07_dynamics.ipynb #look0001
 SURE = 20.0     # copy logit where nothing happens
+SETTLED = 0.9   # a token that is so likely to change, or to stay, is settled
 
 
 @dataclass
@@ -346,8 +349,7 @@ class _Origins(_Trunk):
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         self.lead = nn.Linear(self.came.width, 2 * config.token_width, bias=False)   # what a token hears of what reaches it
-        self.named = config.closer // 4     # numbers that name it; then one for each shift, for a name, and trust in the shift that goes on
-        answers = self.named + len(self.came.shifts) + 2
+        answers = self.named + len(self.came.shifts) + 2        # what names it; each shift; by name; trust in the shift that goes on
         self.closeup = Closeup(config.codebook, config.code, 2 * config.token_width, self.came.width, config.closer, answers)
         for part in self.closeup.answer.parameters(): nn.init.zeros_(part[self.named:])
         nn.init.constant_(self.closeup.answer.bias[-1], 4.0)
@@ -357,10 +359,15 @@ class _Origins(_Trunk):
 
     def closer(self, out: Tensor,      # (N, 2 * E) of tokens that change, of `Dynamics.predict`
                chosen: Tensor,         # bool (..., h, w), which they are
-               before: Tensor, tokens: Tensor, onward: Tensor   # (..., h, w), of the last two frames
+               before: Tensor, tokens: Tensor, onward: Tensor,  # (..., h, w), of the last two frames
+               known: Tensor           # (..., h, w), of the next one: of `staying`, or more
                ) -> Tensor:            # (N, W / 4 + S + 2)
         "A closer look at tokens that change: what `names` and `origins` need to know."
-        return self.closeup(out, chosen, before, tokens, onward, self.table("closer", lambda: self.closeup.reading(self.codes)), self.ways())
+        return self.closeup(out, chosen, before, tokens, onward, known, self.table("closer", lambda: self.closeup.reading(self.codes)), self.ways())
+
+    def staying(self, gate: Tensor, tokens: Tensor) -> Tensor:   # copy logits, (..., h, w) each -> (..., h, w)
+        "What is known of the next frame before a closer look: what surely stays."
+        return torch.where(gate.sigmoid() > SETTLED, tokens, self.mask)
 
     def origins(self, close: Tensor, # (N, W / 4 + S + 2), of `closer`
                 onward: Tensor       # (N,) of these
@@ -467,6 +474,7 @@ class Recipe:
     action_dropout: float = 0.05  # share of clips that do not show the key, for guidance
     masked: float = 0.85        # share of frames of which the head sees nothing of the next one ...
     doubt: int = 3              # ... but in every so many steps it sees what it would settle first in play
+    told: float = 0.5           # share of frames in which a closer look sees some of the changed tokens' next ones
     self_share: float = 0.5     # share of context frames that are the model's own prediction ...
     self_every: int = 4         # ... in every so many steps ...
     self_from: int = 300        # ... from this step on ...
@@ -485,7 +493,7 @@ def own_prediction(model: Dynamics,  # predicts
     features, active, _, _ = model.look(tokens, moved, onward, actions[:, :-1], game, model.beginning(tokens, batch["age"]), False)
     out, gate = model.predict(features, active, tokens, onward, torch.full_like(tokens, model.mask), actions[:, 1:], game)
     change, guess, by = gate < 0, tokens.clone(), torch.full_like(tokens, STAYED)
-    close = model.closer(out[change], change, previous(tokens), tokens, onward)
+    close = model.closer(out[change], change, previous(tokens), tokens, onward, model.staying(gate, tokens))
     named, origin = tokens[change], model.likeliest(model.origins(close, onward[change]))
     for rows, codes, fit in model.names(close, of_clip(game, change)): named[rows] = codes[fit.argmax(-1)]
     right = (matches_of(batch, change) == origin[:, None]).any(-1)      # what a wrong shift brings is not known here: a name stands for it
@@ -533,9 +541,6 @@ def name_loss(model: Dynamics,
     return loss, share(right), share(~named)
 
 # %% ../nbs/07_dynamics.ipynb #hidden01
-SETTLED = 0.9    # a token that is so likely to change, or to stay, is settled
-
-
 def hidden(target: Tensor,    # (B, T, h, w), the next frames
            answer: Callable,  # known tokens -> embeddings and copy logits, of `Dynamics.predict`
            mask: int, step: int, recipe: Recipe
@@ -573,9 +578,12 @@ def dynamics_loss(model: Dynamics,
     asked = unknown & (gate != SURE)            # where nothing is computed, nothing can be learned
     copying = (bce(gate, 1 - changes.float(), reduction="none") * asked * weight[:, None, None, None]).sum() / count
     changed, share = asked & changes, lambda part, of: (part.sum() / of.sum().clamp_min(1)).detach()
-    matches = unspoilt(matches_of(batch, changed), changed, seen != batch["tokens"][:, :-1], model.onward.step)
-    close = model.closer(out[changed], changed, previous(seen), seen, onward)
-    own = target[changed], matches, onward[changed], of_clip(game, changed), of_clip(weight, changed)
+    told = torch.rand(*frames, 2, 1, 1, **on)
+    told = ~unknown | changes & (torch.rand(target.shape, **on) < told[:, :, 0] * (told[:, :, 1] < recipe.told))
+    named = changed & ~told
+    matches = unspoilt(matches_of(batch, named), named, seen != batch["tokens"][:, :-1], model.onward.step)
+    own = target[named], matches, onward[named], of_clip(game, named), of_clip(weight, named)
+    close = model.closer(out[named], named, previous(seen), seen, onward, torch.where(told, target, model.staying(gate.detach(), seen)))
     naming, right, shifted = name_loss(model, close, *own)
     loss = copying + recipe.naming * naming / count + recipe.routing * routing
     return loss, {"gate": copying.detach(), "naming": naming.detach() / count, "right": right, "shifted": shifted,
@@ -769,36 +777,43 @@ class _Answers(_Starts):
         for some in (gate != SURE).flatten(1).nonzero().split(32):
             tiles = self.motion.brought(state.pixels, *some.unbind(1), every.expand(len(some), -1))
             brought[tuple(some.unbind(1))] = self.tokenizer.encode_patches(tiles.flatten(0, 1)).view(len(some), -1)
-        close = self.dynamics.closer(out.flatten(0, 2), torch.ones_like(gate, dtype=torch.bool), *self.seen(state)).unflatten(0, gate.shape)
+        seen = *self.seen(state), self.dynamics.staying(gate, state.tokens)
+        close = self.dynamics.closer(out.flatten(0, 2), torch.ones_like(gate, dtype=torch.bool), *seen).unflatten(0, gate.shape)
         return log_probs(self.dynamics, close, gate, state.tokens, state.game, brought.view(*gate.shape, -1), state.onward)
 
 # %% ../nbs/07_dynamics.ipynb #choose01
 class _Chooses(_Answers):
     "Which tokens are taken."
-    @staticmethod
-    def draw(logits: Tensor, u: Tensor) -> Tensor:
-        "A token for each row of logits (N, codebook), by the inverse of the cumulative distribution at u (N,)."
-        cumulative = logits.softmax(-1).cumsum(-1)
-        return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:]).clamp_max(logits.shape[-1] - 1)[:, 0]
-
-    def choose(self, state: PlayState, out: Tensor, gate: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        "Pick tokens (B, h, w), say by which shift each comes (-1: none), and how sure its coming or staying is. A name is asked for only where no shift is taken."
-        if temperature:
-            u = noise(state, k, 3).clamp(1e-6, 1 - 1e-6)
-            change = gate + temperature * u[:, 0].logit() < 0      # a draw from the gate, sharpened by the temperature
-            u = u[:, 1:].movedim(1, -1)[change]
-        else: change = gate < 0
-        tokens, by, sure = state.tokens.clone(), torch.full_like(state.tokens, -1), torch.where(change, -gate, gate).sigmoid()
-        close, game, taken = self.dynamics.closer(out[change], change, *self.seen(state)), of_clip(state.game, change), tokens[change]
-        origins = self.dynamics.origins(close, state.onward[change])
-        pick = self.draw(origins / temperature, u[:, 0]) if temperature else self.dynamics.likeliest(origins)
-        new = (pick == origins.shape[1] - 1).nonzero()[:, 0]
+    def pick(self, state: PlayState, close: Tensor, which: Tensor,   # of `closer`, bool (B, h, w), N of them
+             temperature: float, u: Tensor           # (B, h, w, 2) chance
+             ) -> tuple[Tensor, Tensor, Tensor]:     # (N,) each: its name, or else (-1: none) its shift, and how sure it is
+        "What tokens become. A name is asked for only where no shift is taken."
+        taken, game, u, origins = state.tokens[which], of_clip(state.game, which), u[which], self.dynamics.origins(close, state.onward[which])
+        pick = draw(origins / temperature, u[:, 0]) if temperature else self.dynamics.likeliest(origins)
+        sure, new = origins.gather(1, pick[:, None])[:, 0], (pick == origins.shape[1] - 1).nonzero()[:, 0]
         for rows, codes, fit in self.dynamics.names(close[new], game[new]):
-            rows = new[rows]
-            taken[rows] = codes[self.draw(fit / temperature, u[rows, 1]) if temperature else fit.argmax(-1)]
+            rows, fit = new[rows], fit.log_softmax(-1)
+            best = draw(fit / temperature, u[rows, 1]) if temperature else fit.argmax(-1)
+            taken[rows], sure[rows] = codes[best], sure[rows] + fit.gather(1, best[:, None])[:, 0]
         pick[new] = -1
-        tokens[change], by[change] = taken, pick
-        return self.bring(state, tokens, by), by, sure
+        return taken, pick, sure.exp()
+
+    def choose(self, state: PlayState, out: Tensor, gate: Tensor, known: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        "Pick tokens (B, h, w), say by which shift each comes (-1: none), and how sure its coming or staying is."
+        u, mask = noise(state, k, 3).clamp(1e-6, 1 - 1e-6).movedim(1, -1) if temperature else gate.new_zeros(*gate.shape, 3), self.dynamics.mask
+        change = gate + temperature * u[..., 0].logit() < 0 if temperature else gate < 0     # a draw from the gate, sharpened by the temperature
+        tokens, by, sure = state.tokens.clone(), torch.full_like(state.tokens, -1), torch.where(change, -gate, gate).sigmoid()
+        known = torch.where(known == mask, self.dynamics.staying(gate, tokens).masked_fill(change, mask), known)
+        for look in reversed(range(self.dynamics.config.looks)):
+            close = self.dynamics.closer(out[change], change, *self.seen(state), known)
+            taken, shift, certain = self.pick(state, close, change, temperature, u[..., 1:])
+            settled = change.clone()
+            if look: settled[change] = (certain > SETTLED) | surest(certain, change.nonzero()[:, 0])
+            tokens[settled], by[settled] = (part[settled[change]] for part in (taken, shift))
+            tokens = self.bring(state, tokens, torch.where(settled, by, -1))
+            known, change = torch.where(settled, tokens, known), change & ~settled
+            if not change.any(): break
+        return tokens, by, sure
 
 # %% ../nbs/07_dynamics.ipynb #a318aa38
 class _Refines(_Chooses):
@@ -812,7 +827,7 @@ class _Refines(_Chooses):
         known, shift = torch.full_like(state.tokens, self.dynamics.mask), torch.full_like(state.tokens, -1)
         for k in range(refine):
             out, gate = self.head(state, action, known, guidance)
-            tokens, by, sure = self.choose(state, out, gate, temperature, k)
+            tokens, by, sure = self.choose(state, out, gate, known, temperature, k)
             open_ = known == self.dynamics.mask
             doubt = (open_ & (sure < SETTLED)).flatten(1)
             if k == refine - 1 or not doubt.any(): return torch.where(open_, tokens, known), torch.where(open_, by, shift)

@@ -381,15 +381,18 @@ class OnnxRuntime:
 # %% ../nbs/14_export.ipynb #exp00075
 class OnnxInt8(OnnxRuntime):
     "ONNX Runtime, CPU; weights of matrix products in 8 bits, one grid per channel, and what they are multiplied with rounded as it comes."
-    precision = "int8"
+    precision, floats = "int8", "net.finer"      # the part that stays float32: it minds rounding most (chapter 13)
 
     @staticmethod
     def write(onnx: Path, file: Path) -> None:
         "Quantize with ONNX Runtime's own tool (chapter 13 checks its grids against ours)."
         tool, model = course.require("onnxruntime.quantization", extra="export"), course.require("onnx", extra="export").load(onnx)
         del model.graph.value_info[:]       # the tool works shapes out by itself, and differs with those that the exporter noted
+        kept = [node.name for node in model.graph.node for note in node.metadata_props
+                if note.key == "pkg.torch.onnx.name_scopes" and OnnxInt8.floats in note.value]
         logging.disable(logging.WARNING)    # it would recommend what has just been done
-        try: tool.quantize_dynamic(model, file, per_channel=True, weight_type=tool.QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+        try: tool.quantize_dynamic(model, file, per_channel=True, weight_type=tool.QuantType.QInt8,
+                                   op_types_to_quantize=["MatMul", "Gemm"], nodes_to_exclude=kept)
         finally: logging.disable(logging.NOTSET)
 
 # %% ../nbs/14_export.ipynb #exp00036

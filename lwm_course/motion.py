@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DRAWN', 'REACH', 'FEW', 'STAYED', 'NEW', 'ANY', 'MOVED', 'LONG', 'FULL', 'shifts', 'Motion', 'ranks', 'Shifts',
            'Came', 'Onward', 'halfway', 'grouped', 'older', 'ages', 'ages_at', 'Rows', 'add_to', 'Histories', 'filled',
-           'Offsets', 'SpatialAttention', 'Film', 'Router', 'previous', 'Closeup', 'explain', 'tokenize', 'read_tokens',
-           'clip_of', 'matches_of', 'unspoilt', 'of_clip', 'batch_of', 'TokenClips', 'corrupt', 'vanish']
+           'Offsets', 'SpatialAttention', 'Film', 'Router', 'previous', 'Closeup', 'surest', 'draw', 'explain',
+           'tokenize', 'read_tokens', 'clip_of', 'matches_of', 'unspoilt', 'of_clip', 'batch_of', 'TokenClips',
+           'corrupt', 'vanish']
 
 # %% ../nbs/06b_motion.ipynb #mot00005
 import math, zipfile, zlib
@@ -410,20 +411,21 @@ class Closeup(nn.Module):
                  reach: int = 2         # tokens to either side that are seen
                  ):
         super().__init__()
-        self.reach, self.code, self.own = reach, nn.Linear(code, width // 8), nn.Embedding(codebook + 1, width // 8)   # the last one: outside
-        self.see = nn.Linear((2 * reach + 1) ** 2 * (2 * (width // 8) + way) + message, width // 2)
+        self.reach, self.code, self.own = reach, nn.Linear(code, width // 8), nn.Embedding(codebook + 1, width // 8)   # the last one: outside, not known
+        self.see = nn.Linear((2 * reach + 1) ** 2 * (3 * (width // 8) + way) + message, width // 2)
         self.think, self.answer = nn.Linear(width // 2, width), nn.Linear(width, answers)
         nn.init.normal_(self.own.weight, std=0.5)
 
     def reading(self, codes: Tensor   # (codebook, V)
                 ) -> Tensor:          # (codebook + 1, W / 8)
-        "Embeddings of the codes, and of what is outside of a frame."
+        "Embeddings of the codes, and of what is outside of a frame, or not known."
         return self.own.weight + F.pad(self.code(codes.to(self.own.weight.dtype)) / 2, (0, 0, 0, 1))
 
     def forward(self, message: Tensor,           # (N, message)
                 chosen: Tensor,                  # bool (..., h, w), N of them
                 before: Tensor, tokens: Tensor,  # (..., h, w), two frames
                 onward: Tensor,                  # (..., h, w), of `Onward`
+                known: Tensor,                   # (..., h, w), the next frame; `codebook`: not known
                 reading: Tensor, ways: Tensor    # tables: of `reading`, and of `Came`
                 ) -> Tensor:                     # (N, answers)
         frame, y, x = chosen.flatten(0, -3).nonzero().unbind(1)
@@ -431,10 +433,28 @@ class Closeup(nn.Module):
         (h, w), y, x = chosen.shape[-2:], y[:, None, None] + by[:, None], x[:, None, None] + by      # (N, many, 1), (N, 1, many)
         out, at = (y < 0) | (y >= h) | (x < 0) | (x >= w), (frame[:, None, None], y.clamp(0, h - 1), x.clamp(0, w - 1))
         near = [F.embedding(grid.flatten(0, -3)[at].masked_fill(out, margin).flatten(1), table).flatten(1) for grid, table, margin in
-                ((before, reading, len(reading) - 1), (tokens, reading, len(reading) - 1), (onward, ways, STAYED))]
+                (*((grid, reading, len(reading) - 1) for grid in (before, tokens, known)), (onward, ways, STAYED))]
         rows = torch.cat([*near, message.to(near[0].dtype)], 1)
         if torch.is_autocast_enabled("cpu"): rows = F.pad(rows, (0, 0, 0, -len(rows) % FULL))     # few shapes: see `filled`
         return self.answer(F.silu(self.think(F.silu(self.see(rows)))))[:len(frame)]
+
+# %% ../nbs/06b_motion.ipynb #surest01
+def surest(sure: Tensor,   # (N,), in [0, 1]
+           of: Tensor      # (N,), whose each is, in rising order
+           ) -> Tensor:    # bool (N,)
+    "The surer half of each one's, at least one."
+    count, order = of.bincount(), (2 * of - sure.double()).argsort()
+    place = torch.empty_like(of)
+    place[order] = ranks(of[order], len(count))
+    return 2 * place < count[of]
+
+# %% ../nbs/06b_motion.ipynb #draw0001
+def draw(logits: Tensor,   # (N, K)
+         u: Tensor         # (N,), chance, uniform in [0, 1)
+         ) -> Tensor:      # (N,)
+    "One of K for each row, by the inverse of the cumulative distribution."
+    cumulative = logits.softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:]).clamp_max(logits.shape[-1] - 1)[:, 0]
 
 # %% ../nbs/06b_motion.ipynb #mot00024
 def explain(motion: Shifts,

@@ -11,7 +11,7 @@ __all__ = ['SCHEMES', 'SHOWN', 'Grid', 'symmetric', 'affine', 'minmax', 'half', 
            'scheme_table', 'run_quantize', 'quantize_command']
 
 # %% ../nbs/13_quantization.ipynb #q13c006
-import copy, math, shutil
+import copy, functools, math, shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from . import course, data, motion, training
 from .dynamics import SURE, Dynamics, DynamicsConfig, PlayState, WorldModel, dynamics_loss, evaluate
-from .evaluation import tokenizer_figures
+from .evaluation import figure, lasting, long_play, recordings, tokenizer_figures
 from .tokenizer import Tokenizer, TokenizerConfig
 
 # %% ../nbs/13_quantization.ipynb #q13c013
@@ -165,9 +165,10 @@ class Context:
         return model.onward(self.moved[:, :-1])
 
     @torch.inference_mode()
-    def closer(self, model: Dynamics, out: Tensor, chosen: Tensor) -> Tensor:   # of `ask`, bool (B, T, h, w) -> of `Dynamics.closer`
+    def closer(self, model: Dynamics, out: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:   # of `ask`, bool (B, T, h, w) -> of `Dynamics.closer`
         "A closer look at tokens of the next frames."
-        return model.closer(out[chosen], chosen, motion.previous(self.tokens)[:, :-1], self.tokens[:, :-1], self.onward(model))
+        before, tokens = motion.previous(self.tokens)[:, :-1], self.tokens[:, :-1]
+        return model.closer(out[chosen], chosen, before, tokens, self.onward(model), model.staying(gate, tokens))
 
     @torch.inference_mode()
     def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
@@ -197,7 +198,7 @@ def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Te
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     try:
         out, gate = context.ask(model)
-        context.closer(model, out, gate != SURE)
+        context.closer(model, out, gate, gate != SURE)
     finally:
         for hook in hooks: hook.remove()
     return {name: x[torch.linspace(0, len(x) - 1, min(most, len(x))).long()].clone() for name, x in seen.items()}
@@ -262,6 +263,7 @@ class Scheme:
     inputs: str = ""          # of busy layers: "", "dynamic" or "static" (8 bits)
     smooth: float = 0.0       # alpha of `balance`; 0: off; needs static inputs
     calibrate: str = "minmax" # range of static inputs: "minmax", "percentile" or "mse"
+    clip: bool = False        # weights: the range with the least squared error, of each group; False: all of it
     wide: tuple[str, ...] = ()  # tensors of 8 bits whatever `bits` says: mixed precision
     dtype: str = "float32"    # of everything that is a float
 
@@ -275,12 +277,20 @@ class Scheme:
 
     def bits_of(self, name: str) -> int: return 8 if name in self.wide else self.bits
 
+    def fit(self, name: str) -> Callable:   # (G, N) -> the range to cover
+        "How the range of a tensor's groups is found."
+        return functools.partial(least_squares, bits=self.bits_of(name)) if self.clip else minmax
 
+    def packed(self, name: str, x: Tensor) -> Packed:
+        "A tensor of the dynamics as this scheme stores it."
+        return Packed.of(x, self.bits_of(name), self.size, calibrate=self.fit(name))
+
+
+_FOUR = Scheme(4, 32, table=4, clip=True, wide=("finer.0.weight", "finer.2.weight"))
 SCHEMES = {   # name -> scheme; "mixed" chooses its layers when it is made, and int8-qat and int4-qat train first
     "float32": Scheme(), "bfloat16": Scheme(dtype="bfloat16"), "float16": Scheme(dtype="float16"),
     "int8": Scheme(8, inputs="static", smooth=0.5), "int8-dynamic": Scheme(8, inputs="dynamic"), "int8-weights": Scheme(8),
-    "int8-qat": Scheme(8, inputs="dynamic"), "int4": Scheme(4, 32, table=4), "int4-qat": Scheme(4, 32, table=4),
-    "mixed": Scheme(4, 32, table=4)}
+    "int8-qat": Scheme(8, inputs="dynamic"), "int4": _FOUR, "int4-qat": _FOUR, "mixed": _FOUR}
 
 # %% ../nbs/13_quantization.ipynb #q13c051
 def put(module: nn.Module,  # holds it
@@ -310,10 +320,10 @@ def round_inputs(model: Dynamics,    # changed in place
         put(model, name, RoundedLinear(layer, range_, smooth))
 
 # %% ../nbs/13_quantization.ipynb #q13c052
-def pack(module: nn.Module, bits: Callable, **options) -> None:   # bits: name -> bits
+def pack(module: nn.Module, packed: Callable) -> None:   # packed: name, tensor -> Packed
     "Put a module's weights on grids, in place; `module.packed` keeps the integers."
     state = module.state_dict()
-    module.packed = {name: Packed.of(state[name], bits(name), **options) for name in stored(module)}
+    module.packed = {name: packed(name, state[name]) for name in stored(module)}
     with torch.no_grad():
         for name, packed in module.packed.items(): state[name].copy_(packed.value())
 
@@ -330,8 +340,8 @@ def quantize(wm: WorldModel,
     other.scheme = scheme
     if scheme.bits:
         if scheme.inputs: round_inputs(other.dynamics, scheme, context or Context.of(wm))
-        pack(other.dynamics, scheme.bits_of, size=scheme.size)
-        pack(other.tokenizer, lambda name: scheme.table, size=64, make=affine)
+        pack(other.dynamics, scheme.packed)
+        pack(other.tokenizer, lambda name, x: Packed.of(x, scheme.table, 64, affine))
     else: other.tokenizer.to(getattr(torch, scheme.dtype)).float()      # what the file will hold
     other.dynamics.codes = other.tokenizer.code_table().to(other.dynamics.codes)      # what tokens mean has changed a little
     return other.ready(other.dynamics.codes.device, scheme.dtype)      # also forgets the tables of the old weights
@@ -426,7 +436,7 @@ def divergence(reference: Dynamics,   # whose answers count as right
     apart = lambda sign: F.logsigmoid(sign * gate) - F.logsigmoid(sign * gate2)
     change, off = gate < 0, gate.sigmoid() * apart(1) + gate.neg().sigmoid() * apart(-1)
     kl = lambda right, own: F.kl_div(own, right, reduction="none", log_target=True).sum(-1)
-    both = [(model, context.closer(model, x, change)) for model, x in ((reference, out), (other, out2))]
+    both = [(model, context.closer(model, x, stays, change)) for model, x, stays in ((reference, out, gate), (other, out2, gate2))]
     onward = context.onward(reference)[change]
     origins = [model.origins(x, onward) for model, x in both]
     into = kl(*origins)
@@ -446,7 +456,7 @@ def sensitivity(wm: WorldModel,     # the reference
     for name in tqdm(stored(other), desc="sensitivity", unit="tensor", leave=False):
         x = other.state_dict()[name]
         before = x.clone()
-        x.copy_(Packed.of(x, scheme.bits, scheme.size).value())
+        x.copy_(replace(scheme, wide=()).packed(name, x).value())
         found[name] = divergence(wm.dynamics, other.eval(), context)     # eval: forget tables made of the old weights
         x.copy_(before)
     return found
@@ -454,18 +464,20 @@ def sensitivity(wm: WorldModel,     # the reference
 # %% ../nbs/13_quantization.ipynb #q13c070
 def choose_wide(wm: WorldModel, context: Context,
                 scheme: Scheme = SCHEMES["int4"],
-                share: float = 0.25,   # of the divergence that the scheme may keep
+                budget: float = 0.155,  # bytes, as a share of those in float32
                 mind: dict[str, float] | None = None   # of `sensitivity`; None: measure it
                 ) -> Scheme:
-    "Mixed precision: the scheme with 8 bits for the tensors that mind most, as few of them as will do."
-    mind, state = mind or sensitivity(wm, context, scheme), wm.dynamics.state_dict()
-    order = sorted(mind, key=lambda name: mind[name] / state[name].numel(), reverse=True)
-    def harm(count): return divergence(wm.dynamics, quantize(wm, replace(scheme, wide=order[:count])).dynamics, context)
-    low, high, limit = 0, len(order), share * harm(0)
-    while low < high:                                   # bisection: log2 of all tensors as whole models
-        middle = (low + high) // 2
-        low, high = (low, middle) if harm(middle) <= limit else (middle + 1, high)
-    return replace(scheme, wide=tuple(order[:low]))
+    "Mixed precision: the scheme with 8 bits for the tensors that mind most, as many as the budget allows."
+    mind, state, wide = mind or sensitivity(wm, context, scheme), wm.dynamics.state_dict(), []
+    parts = lambda model: (model.dynamics, model.tokenizer)
+    whole = sum(4 * x.numel() for part in parts(wm) for x in part.state_dict().values() if x.is_floating_point())
+    held = sum(x.nbytes for part in parts(quantize(wm, replace(scheme, wide=()), context)) for x in packed_state(part).values())
+    for name in sorted(mind, key=lambda name: mind[name] / state[name].numel(), reverse=True):
+        more = state[name].numel() * (8 - scheme.bits) // 8
+        if held + more <= budget * whole:
+            wide.append(name)
+            held += more
+    return replace(scheme, wide=wide)
 
 # %% ../nbs/13_quantization.ipynb #q13c073
 @torch.inference_mode()
@@ -509,13 +521,19 @@ def rounded_state(state: PlayState,
 # %% ../nbs/13_quantization.ipynb #q13c086
 class OnGrid(nn.Module):
     "A weight as its grid will have it, while the float behind it is trained."
-    def __init__(self, bits: int, size: int):
+    def __init__(self, x: Tensor,      # as it is before training
+                 bits: int, size: int, # of the grid, and numbers per group
+                 fit: Callable = minmax   # of `Scheme.fit`: by how much it shrinks the range now, it is shrunk all along
+                 ):
         super().__init__()
-        self.bits, self.size = bits, size
+        rows = grouped_rows(x.detach(), size)
+        (low, high), (left, right) = minmax(rows), fit(rows)
+        self.bits, self.size, self.share = bits, size, (right - left) / (high - low).clamp_min(1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = grouped_rows(x, self.size)
-        return half(symmetric(*minmax(rows.detach()), self.bits)).nearest(rows).view_as(x)
+        low, high = minmax(rows.detach())
+        return half(symmetric(low * self.share, high * self.share, self.bits)).nearest(rows).view_as(x)
 
 # %% ../nbs/13_quantization.ipynb #q13c087
 def clip_batches(wm: WorldModel,
@@ -552,7 +570,8 @@ def finetune(wm: WorldModel,
     names = stored(student)
     if scheme.inputs: round_inputs(student, replace(scheme, inputs="dynamic", smooth=0))
     places = [(student.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-    for name, place in zip(names, places): parametrize.register_parametrization(*place, OnGrid(scheme.bits_of(name), scheme.size))
+    for name, (owner, last) in zip(names, places):
+        parametrize.register_parametrization(owner, last, OnGrid(getattr(owner, last), scheme.bits_of(name), scheme.size, scheme.fit(name)))
     config = training.TrainConfig(steps=steps, lr=lr, ema=0.0, dtype="float32", device="cpu", seed=seed)
     training.fit(student, batches, dynamics_loss, config, quiet=quiet)
     for place in places: parametrize.remove_parametrizations(*place, leave_parametrized=False)
@@ -571,6 +590,8 @@ class Measure:
     context: int = 9                 # frames of each start clip, for calibration, choice and divergence
     split: str = "val"               # "test" is for the final report
     qat_steps: int = 300             # of fine-tuning, for the schemes that end in "-qat"
+    horizon: int = 300               # frames that are played freely
+    players: int = 3                 # ... by so many, with the keys of recordings
     seed: int = 0
 
 
@@ -589,10 +610,17 @@ def prepare(wm: WorldModel,
 
 
 def yardstick(wm: WorldModel, effort: Measure) -> list[course.Figure]:
-    "One step ahead, answers to the key, and small objects in reconstructions."
+    "One step ahead, answers to the key, small objects in reconstructions, and how long a world holds."
     figures = evaluate(wm, effort.play, effort.split, effort.clips, effort.length, effort.choices, effort.seed, effort.games)
     drawn = tokenizer_figures(wm.tokenizer, effort.play, effort.games, effort.split, effort.clips, seed=effort.seed, crowd=0)
-    return figures + [f for f in drawn if f.name.startswith("reconstruction_objects")]
+    figures += [f for f in drawn if f.name.startswith("reconstruction_objects")]
+    for game in effort.games:
+        clips = recordings(game, effort.players, effort.horizon, effort.split, effort.seed, wm.frame_size[0])
+        rows, every = long_play(wm, wm.tokenizer, clips, effort.horizon), slice(None)
+        own, true, copy = (lasting(rows, whose, every, every) for whose in ("", "true_", "copy_"))
+        figures.append(figure("frames_to_collapse_mean", np.mean, own, unit="frames", seed=effort.seed, game=game, baseline=float(copy.mean()),
+                              ceiling=float(true.mean())))
+    return figures
 
 # %% ../nbs/13_quantization.ipynb #q13c096
 def measure_schemes(wm: WorldModel,        # in float32
@@ -607,9 +635,9 @@ def measure_schemes(wm: WorldModel,        # in float32
         folder = save_quantized(prepare(wm, name, context, effort), out / name)
         kind = SCHEMES[name].dtype
         other = load_quantized(folder, "cpu") if SCHEMES[name].bits else WorldModel.from_pretrained(str(folder), "cpu", kind)
-        whole, mb = file_bytes(out / "float32") / 1e6, file_bytes(folder) / 1e6
-        figures += [course.Figure("file", mb, "MB", baseline=whole, source=name),
-                    course.Figure("file_ratio", mb / whole, baseline=1.0, source=name),
+        whole, size = file_bytes(out / "float32"), file_bytes(folder)
+        figures += [course.Figure("file", size / 1e6, "MB", baseline=whole / 1e6, source=name),
+                    course.Figure("file_ratio", size / whole, baseline=1.0, source=name),
                     course.Figure("divergence", divergence(wm.dynamics, other.dynamics, context), "nats per frame",
                                   n=context.actions.numel(), ceiling=0.0, source=name)]
         figures += [replace(f, source=name) for f in yardstick(other, effort)]
@@ -617,7 +645,7 @@ def measure_schemes(wm: WorldModel,        # in float32
 
 # %% ../nbs/13_quantization.ipynb #q13c097
 SHOWN = {"file": "MB", "file_ratio": "of float32", "divergence": "nats per frame", "skill": "skill",
-         "changed_psnr": "changed px, dB", "action_response": "answers to the key", "reconstruction_objects": "objects redrawn"}
+         "changed_psnr": "changed px, dB", "action_response": "answers to the key", "reconstruction_objects": "objects redrawn", "frames_to_collapse_mean": "frames to collapse"}
 
 
 def scheme_table(figures: list[dict]   # of a results file, or `asdict` of figures
@@ -635,7 +663,8 @@ def run_quantize(args) -> None:
     for name in args.scheme: course.nearest(name, SCHEMES, what="scheme")
     wm = WorldModel.from_pretrained(args.model, "cpu", "float32")
     games = [wm.games[wm.game_index(game)] for game in args.games or (wm.games[:2] if args.quick else wm.games)]
-    less = dict(clips=2, length=12, choices=1, context=3, qat_steps=2) if args.quick else dict(qat_steps=args.qat_steps)
+    less = dict(qat_steps=args.qat_steps, horizon=args.horizon)
+    if args.quick: less = dict(clips=2, length=12, choices=1, context=3, qat_steps=2, horizon=30, players=1)
     effort = Measure(args.play, games, split=args.split, seed=args.seed, **less)
     figures = measure_schemes(wm, args.scheme, args.out, effort)
     print(scheme_table([asdict(f) for f in figures]))
@@ -654,6 +683,7 @@ def quantize_command(parser) -> None:
     parser.add_argument("--games", nargs="+", help="measure only these (default: all of the model)")
     parser.add_argument("--split", default="val", help="of the episodes that are measured on: val, or test for the final report")
     parser.add_argument("--qat-steps", type=int, default=300, help="of fine-tuning, for int8-qat and int4-qat (default: 300)")
+    parser.add_argument("--horizon", type=int, default=300, help="frames of free play (default: 300)")
     parser.add_argument("--quick", action="store_true", help="two games, two clips, two steps: does it work?")
     parser.add_argument("--json", help="write the figures to this file, for example results/quantization.json")
     parser.set_defaults(run=run_quantize)

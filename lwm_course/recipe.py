@@ -130,7 +130,7 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
     model.owned.copy_(clips.owned(model.config.codebook))
     held = TokenClips(tokens, list(games), batch=len(games), split="val", seed=config.seed)
     loss = lambda m, batch, step: dynamics_loss(m, batch, step, recipe)
-    plain = replace(recipe, corrupt=0.0, vanish=0.0, action_dropout=0.0, masked=1.0, doubt=0, self_share=0.0)
+    plain = replace(recipe, corrupt=0.0, vanish=0.0, action_dropout=0.0, masked=1.0, doubt=0, told=0.0, self_share=0.0)
     def valid(m):
         torch.manual_seed(0)
         rows = [dynamics_loss(m, training.to_device(held(i), m.place.device), 0, plain)[1] for i in range(4)]
@@ -196,8 +196,9 @@ def train(args) -> None:
     if start and args.tokenizer_minutes and start.tokenizer.config.quantizer in PLACED:
         raise ValueError(f"The tokenizer of {args.start} is a dictionary: it has no decoder to train, leave out --tokenizer-minutes")
     if start and start.games != games: raise ValueError(f"{args.start} knows {start.games}: go on with these games, in this order")
-    print(f"1/5 play: {args.episodes} episodes of each of {len(games)} games -> {args.play}")
-    data.collect(games, args.play, episodes=args.episodes, workers=args.workers, seed=args.seed)
+    print(f"1/5 play: {args.episodes + args.curious} episodes of each of {len(games)} games -> {args.play}")
+    for player, episodes in (("mixed", args.episodes), ("curious", args.curious)):
+        if episodes: data.collect(games, args.play, episodes=episodes, workers=args.workers, player=player, seed=args.seed)
     _tokenizer_step(args, start)
     if args.tokenizer_only: print(f"\nMeasure it: lwm eval --model {Path(args.out) / 'tokenizer'} --play {args.play}")
     else: _finish(args, start, _dynamics_step(args, start), began)
@@ -209,6 +210,7 @@ def train_command(parser) -> None:
     parser.add_argument("--play", default="data/play", help="folder of the recorded play (default: data/play)")
     parser.add_argument("--games", nargs="+", default=NANO_GAMES, help="games to learn (default: those of the shipped model)")
     parser.add_argument("--episodes", type=int, default=20, help="recorded episodes per game, 68 s each (default: 20)")
+    parser.add_argument("--curious", type=int, default=0, help="more of them, by the player who presses keys that make a difference (default: 0)")
     parser.add_argument("--minutes", type=float, default=10, help="training time of each network (default: 10)")
     parser.add_argument("--start", help="go on from this model (shipped name, folder or Hub id): its tokens, its weights")
     parser.add_argument("--size", choices=list(DYNAMICS_SIZES), default="nano", help="of both networks, if new (default: nano)")

@@ -307,6 +307,30 @@ def test_refinement_settles_changes_pass_by_pass(monkeypatch):
     assert all(torch.equal(asked[2][k], tokens[k]) for k in known[1:])
 
 
+def test_closer_looks_settle_the_surest_and_show_them_to_the_rest(monkeypatch):
+    world, asked = small_world(), []
+    torch.nn.init.constant_(world.dynamics.gate.bias, -1.0)
+    torch.nn.init.normal_(world.dynamics.closeup.answer.weight)
+    closer = world.dynamics.closer
+    monkeypatch.setattr(world.dynamics, "closer", lambda out, chosen, *seen: asked.append((chosen.clone(), seen[-1])) or closer(out, chosen, *seen))
+    frames, keys = play_of(2)
+    state = world.start(frames, keys, PONG)
+    once = world.next_tokens(state, torch.tensor([1, 2]))
+    world.dynamics.config.looks, looks = 3, asked
+    looks.clear()
+    tokens, by = world.next_tokens(state, torch.tensor([1, 2]))
+    open_ = torch.stack([chosen.flatten(1).sum(1) for chosen, _ in looks])
+    assert len(looks) == 3 and (open_[0] > 6).all() and (2 * open_[1:] <= open_[:-1]).all() and (open_[-1] > 0).all()     # of each player the surer half
+    for chosen, known in looks:
+        assert (known[chosen] == world.dynamics.mask).all() and (known == world.dynamics.mask).sum() >= chosen.sum()
+        told = looks[0][0] & ~chosen
+        assert torch.equal(known[told], tokens[told])                       # what is settled is what comes
+    first = looks[0][0] & ~looks[1][0]
+    assert torch.equal(tokens[first], once[0][first]) and torch.equal(by[first], once[1][first]) and not torch.equal(tokens, once[0])
+    alone = world.start(frames[1:], keys[1:], PONG)
+    assert torch.equal(world.next_tokens(alone, torch.tensor([2]))[0], tokens[1:])      # nobody else matters
+
+
 def by_gates(world, monkeypatch, gates):
     "The world's head, but with other copy logits: `gates(known)`. Returns what was known in each pass."
     asked, head = [], world.head
@@ -413,12 +437,6 @@ def test_state_does_not_grow(world):
     before = state.nbytes
     for _ in range(5): _, state = world.step(state, [0])
     assert state.nbytes == before
-
-
-def test_draw_follows_the_odds():
-    odds = torch.tensor([0.1, 0.0, 0.6, 0.3])
-    drawn = WorldModel.draw(odds.log().expand(1000, 4), (torch.arange(1000) + 0.5) / 1000)
-    assert torch.allclose(torch.bincount(drawn, minlength=4) / 1000, odds, atol=0.002)
 
 
 # Refusals

@@ -96,6 +96,20 @@ def test_agrees_with_onnx_runtime_where_the_definitions_do():
             assert torch.equal(own.index(data)[0] - middle, torch.from_numpy(k).float())
 
 
+@pytest.mark.parametrize("bits,size", [(8, 0), (4, 32)])
+def test_agrees_with_torchao_where_the_definitions_do(bits, size):
+    "Symmetric weights by channel and by group: the same steps, bit for bit, and on steps that are powers of two (it multiplies by 1 / step) the same integers."
+    tool = pytest.importorskip("torchao.quantization.quant_primitives")
+    weight, top = torch.randn(24, 96, generator=torch.Generator().manual_seed(bits)), 2 ** (bits - 1)
+    rows = grouped_rows(weight, size)
+    grid, limits = symmetric(*minmax(rows), bits), (torch.int8, 1 - top, top - 1)
+    step, zero = tool.choose_qparams_affine(weight, tool.MappingType.SYMMETRIC, (1, rows.shape[1]), *limits)
+    assert torch.equal(step.flatten(), grid.step.flatten())
+    grid.step = 2 ** grid.step.log2().ceil()
+    theirs = tool.quantize_affine(weight, (1, rows.shape[1]), grid.step.view_as(step), zero, *limits)
+    assert torch.equal(grid.index(rows) - top, theirs.view_as(rows).float())
+
+
 def test_gradient_passes_through_rounding():
     x = torch.randn(3, 5, requires_grad=True)
     symmetric(*minmax(x.detach()), 4).nearest(x).sum().backward()
@@ -279,10 +293,10 @@ def test_divergence_grows_with_coarser_weights(wm, context):
 def test_sensitivity_restores_and_mixed_is_between(wm, context):
     mind = sensitivity(wm, context, Scheme(2, 32))
     assert mind.keys() == set(stored(wm.dynamics)) and min(mind.values()) >= -1e-4 and max(mind.values()) > 0
-    mixed = choose_wide(wm, context, Scheme(2, 32), share=0.5, mind=mind)
+    mixed = choose_wide(wm, context, Scheme(2, 32), budget=0.12, mind=mind)
     assert 0 < len(mixed.wide) < len(mind)
     off = [divergence(wm.dynamics, quantize(wm, s).dynamics, context) for s in (Scheme(2, 32), mixed)]
-    assert off[1] <= 0.5 * off[0]
+    assert off[1] < off[0]
 
 
 def test_state_rounded_to_the_nearest_forgets_small_steps():
@@ -330,7 +344,7 @@ def test_the_command_measures_what_it_writes(tmp_path, capsys, repository):
     assert course.main(line) == 0
     found = json.loads(file.read_text())
     ratio = {f["source"]: f["value"] for f in found["figures"] if f["name"] == "file_ratio"}
-    assert ratio == pytest.approx({"float32": 1, "int4": file_bytes(out / "int4") / file_bytes(out / "float32")})
+    assert ratio == {"float32": 1, "int4": file_bytes(out / "int4") / file_bytes(out / "float32")}
     assert {"skill", "changed_psnr", "action_response", "divergence"} <= {f["name"] for f in found["figures"] if f["source"] == "int4"}
     assert [row["scheme"] for row in scheme_table(found["figures"]).rows] == ["float32", "int4"]
     assert "int4" in capsys.readouterr().out
