@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'GPUS', 'seats', 'Seats', 'busy_places', 'BusyHistories',
            'Graph', 'RouteGraph', 'TrunkGraph', 'HeadGraph', 'graphs', 'Backend', 'Parity', 'within', 'key_presses',
-           'logits_apart', 'parity', 'example', 'input_names', 'write_onnx', 'OnnxRuntime', 'OnnxInt8', 'OpenVino',
-           'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'parity_of',
-           'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'smooth', 'smooth_figures', 'Cost',
-           'frame_cost', 'peaks', 'roofline_figures', 'compare', 'bench_rows', 'bench_table', 'bench_plot',
-           'bench_page', 'export_command', 'run_export', 'by_engine', 'eval_command', 'bench_command', 'run_roofline',
-           'run_smooth']
+           'logits_apart', 'parity', 'example', 'input_names', 'write_onnx', 'write_programs', 'OnnxRuntime',
+           'OnnxInt8', 'OpenVino', 'Inductor', 'machine_of', 'write_half', 'open_shapes', 'TensorRT', 'shapes_of',
+           'checked', 'source_hash', 'file_hash', 'parity_of', 'export', 'load_backend', 'Trial', 'frame_ms', 'fastest',
+           'load_player', 'smooth', 'smooth_figures', 'Cost', 'frame_cost', 'peaks', 'roofline_figures', 'compare',
+           'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command', 'run_export', 'by_engine',
+           'eval_command', 'bench_command', 'run_roofline', 'run_smooth']
 
 # %% ../nbs/14_export.ipynb #exp00005
-import functools, hashlib, json, logging, tempfile, time, warnings
+import functools, hashlib, json, logging, platform, shutil, tempfile, time, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -323,7 +323,7 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
         key, slots, recent, moved = state.game * 0, seats(state.active), state.memory.recent, state.tokens * 0
         _, means, age = backend.run["route"](recent, state.tokens, state.onward, state.memory.age, key, state.game)
     axis = torch.export.Dim
-    players, seat, busy = {0: axis("players")}, axis("seats", min=2), axis("busy", min=2)
+    players, seat, busy = {0: axis("players")}, axis("seats", min=3), axis("busy", min=2)
     at, every, after = {0: players[0], 1: seat}, (players,) * len(states), (key, state.game)
     clone = lambda *tensors: tuple(t.clone() for t in tensors)     # outside inference mode: plain tensors
     return {
@@ -354,6 +354,15 @@ def write_onnx(run: dict[str, nn.Module],   # of `graphs`
                                         input_names=input_names(name, len(inputs)))
         files[name] = Path(folder) / f"{name}.onnx"
         program.save(files[name], external_data=False)
+    return files
+
+
+def write_programs(run: dict[str, nn.Module], given: dict[str, tuple], folder: Path   # as above
+                   ) -> dict[str, Path]:
+    "A traced program for each graph, for PyTorch's own compiler."
+    files = {name: Path(folder) / f"{name}.program.pt2" for name in given}
+    for name, (inputs, axes) in given.items():
+        with torch.no_grad(): torch.export.save(torch.export.export(run[name].eval(), inputs, dynamic_shapes=axes), files[name])
     return files
 
 # %% ../nbs/14_export.ipynb #exp00035
@@ -420,6 +429,38 @@ class OpenVino:
                    "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         request = OpenVino.core().compile_model(file, "CPU", options).create_infer_request()
         return lambda tensors: [torch.tensor(x) for x in request.infer([t.numpy() for t in tensors], share_inputs=True).values()]
+
+# %% ../nbs/14_export.ipynb #induct01
+class Inductor:
+    "PyTorch's compiler, CPU: C++ for this processor, many operations in one loop."
+    packages, extra, suffix, precision = (), "export", ".pt2", "float32"
+    gpu, cards = False, ()
+
+    @staticmethod
+    def machine() -> str:
+        "What it compiles for."
+        return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+    @staticmethod
+    def write(program: Path, file: Path) -> None:
+        "Compile."
+        import torch._inductor
+        if not any(map(shutil.which, ("g++", "clang++", "cl"))): raise ValueError("the target inductor needs a C++ compiler, and there is none: install g++")
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(torch.export.load(program), package_path=str(file))
+
+    @staticmethod
+    def load(file: Path) -> Callable:   # tensors -> tensors
+        "A library that uses as many threads as torch has."
+        import torch._inductor
+        compiled = torch._inductor.aoti_load_package(str(file))
+        return lambda tensors: list(compiled(*tensors))
+
+
+def machine_of(engine) -> str | None:   # of `TARGETS`
+    "The kind of machine for which an engine compiles here; None: its files serve any."
+    return engine.machine() if engine is Inductor else None
 
 # %% ../nbs/14_export.ipynb #exp00071
 def write_half(onnx: Path, file: Path) -> None:
@@ -498,8 +539,8 @@ def _on_gpu(trt, file: Path) -> Callable:   # tensors -> tensors
 
 
 TARGETS = {"onnx": OnnxRuntime, "onnx-int8": OnnxInt8, "openvino": OpenVino, "tensorrt": TensorRT("tensorrt", "tensorrt"),
-           "tensorrt-rtx": TensorRT("tensorrt_rtx", "rtx", tuple(CARDS))}
-CPU = tuple(target for target, engine in TARGETS.items() if not engine.gpu)     # engines for every machine
+           "tensorrt-rtx": TensorRT("tensorrt_rtx", "rtx", tuple(CARDS)), "inductor": Inductor}
+CPU = "onnx", "onnx-int8", "openvino"       # engines for every machine
 
 # %% ../nbs/14_export.ipynb #exp00037
 def shapes_of(inputs: tuple, axes: tuple) -> list[list]:
@@ -571,7 +612,7 @@ def export(wm: WorldModel,        # in float32, on the CPU
         for target, engine in engines.items():
             (folder := Path(out) / target).mkdir(parents=True, exist_ok=True)
             (folder / "manifest.json").unlink(missing_ok=True)       # files without one are nobody's
-            files = onnx
+            files = write_programs(run, given, Path(room)) if engine is Inductor else onnx
             if engine.precision == "float16":
                 files = {name: Path(room) / f"{name}-half.onnx" for name in onnx}
                 for name, file in files.items(): write_half(onnx[name], file)
@@ -579,7 +620,7 @@ def export(wm: WorldModel,        # in float32, on the CPU
             manifests[target] = dict(
                 target=target, source=source, opset=opset, precision=engine.precision, shapes=shapes,
                 files={file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.stem in GRAPHS},
-                tools={package: version(package) for package in ("torch", *engine.packages)}, cards=engine.cards)
+                tools={package: version(package) for package in ("torch", *engine.packages)}, cards=engine.cards, machine=machine_of(engine))
             manifests[target] |= parity_of(wm, folder, manifests[target], files, steps, games or wm.games)
             course.write_json(folder / "manifest.json", manifests[target])
     return manifests
@@ -602,7 +643,8 @@ def load_backend(wm: WorldModel,      # that was exported
     except ValueError as error: raise ValueError(f"{folder}/manifest.json is damaged ({error}): {again}") from error
     if missing := {"target", "source", "shapes", "files", "precision"} - set(manifest):
         raise ValueError(f"{folder}/manifest.json lacks {', '.join(sorted(missing))}: {again}")
-    course.nearest(manifest["target"], TARGETS, what="target")
+    here = machine_of(TARGETS[course.nearest(manifest["target"], TARGETS, what="target")])
+    if manifest.get("machine", here) != here: raise ValueError(f"{folder} was compiled for {manifest['machine']}, and this is {here}: {again}")
     if manifest["source"] != source_hash(wm): raise ValueError(f"{folder} was exported from other weights (stale): {again}")
     for name, want in manifest["files"].items():
         if not (folder / name).exists(): raise ValueError(f"{folder} lacks {name}: {again}")

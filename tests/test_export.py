@@ -1,6 +1,7 @@
 "Seats instead of rows, three graphs, and engines that play as PyTorch does."
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -149,19 +150,35 @@ def test_graphs_refuse_another_precision(small):
 
 # Engines
 
+def check_play(small, backend):
+    "An engine plays as the model does, in another game and with another number of players than the example's."
+    assert parity(small, backend, small.games[5], 30, seed=1).passed
+    clip, actions = opening(small, small.games[3])
+    frames, actions = np.stack([clip] * 3), np.stack([actions] * 3)
+    true = own = small.start(frames, actions, small.games[3])
+    for keys in ([0, 1, 2], [3, 3, 0]):
+        (a, true), (b, own) = small.step(true, keys), backend.step(own, keys)
+        assert a.shape == b.shape and (backend.precision == "int8" or torch.equal(a, b))
+
+
 @pytest.mark.parametrize("target", export.CPU)
 def test_engine_plays_alike(small, folders, target):
     out, manifests = folders
     assert len(manifests[target]["parity"]) == 2 and all(export.Parity(**p).passed for p in manifests[target]["parity"])
     backend = load_backend(small, out/target)
     assert backend.precision == manifests[target]["precision"] == ("int8" if target == "onnx-int8" else "float32")
-    assert parity(small, backend, small.games[5], 30, seed=1).passed
-    clip, actions = opening(small, small.games[3])
-    frames, actions = np.stack([clip] * 3), np.stack([actions] * 3)       # another number of players than the example's
-    true = own = small.start(frames, actions, small.games[3])
-    for keys in ([0, 1, 2], [3, 3, 0]):
-        (a, true), (b, own) = small.step(true, keys), backend.step(own, keys)
-        assert a.shape == b.shape and (backend.precision == "int8" or torch.equal(a, b))
+    check_play(small, backend)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_engine_plays_alike_and_is_for_this_machine(small, tmp_path, monkeypatch):
+    manifest = export.export(small, ["inductor"], tmp_path, steps=8, games=small.games[:1])["inductor"]
+    assert export.Parity(**manifest["parity"][0]).passed and manifest["machine"] == export.Inductor.machine()
+    check_play(small, load_backend(small, tmp_path/"inductor"))
+    monkeypatch.setattr(export.Inductor, "machine", lambda: "a toaster")
+    with pytest.raises(ValueError, match="was compiled for .*, and this is a toaster: export the model again"): load_backend(small, tmp_path/"inductor")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*install g\\+\\+"): export.Inductor.write(tmp_path/"program", tmp_path/"file")
 
 
 def test_eight_bits_are_smaller_and_round(folders):
