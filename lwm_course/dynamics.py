@@ -63,7 +63,6 @@ class DynamicsConfig:
     def __post_init__(self):
         self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)
         if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
-
     action_names = property(lambda self: sorted({*sum(self.games.values(), ())}), doc="Those of all games: LEFT means the same in each.")
     side = property(lambda self: self.grid // self.group, doc="Positions of the network per side of a frame; P in all.")
     positions = property(lambda self: self.side ** 2)
@@ -365,10 +364,6 @@ class _Origins(_Trunk):
         "A closer look at tokens that change: what `names` and `origins` need to know."
         return self.closeup(out, chosen, before, tokens, onward, known, self.table("closer", lambda: self.closeup.reading(self.codes)), self.ways())
 
-    def staying(self, gate: Tensor, tokens: Tensor) -> Tensor:   # copy logits, (..., h, w) each -> (..., h, w)
-        "What is known of the next frame before a closer look: what surely stays."
-        return torch.where(gate.sigmoid() > SETTLED, tokens, self.mask)
-
     def origins(self, close: Tensor, # (N, W / 4 + S + 2), of `closer`
                 onward: Tensor       # (N,) of these
                 ) -> Tensor:         # (N, S + 1)
@@ -397,6 +392,10 @@ class _Details(_Origins):
     def news(self, tokens: Tensor, known: Tensor) -> Tensor:   # (B, ..., h, w) each
         "What is known of each next token, as a row of `settled`."
         return torch.where(known == self.mask, 0, 1 + (known != tokens).long())
+
+    def staying(self, gate: Tensor, tokens: Tensor) -> Tensor:   # copy logits, (..., h, w) each -> (..., h, w)
+        "What is known of the next frame before a closer look: what surely stays."
+        return torch.where(gate.sigmoid() > SETTLED, tokens, self.mask)
 
     def each(self, own: Tensor,     # (rows.local, group², 2 * E), what the blocks say
              detail: Tensor,        # (rows.local, group² * detail), of `entering`

@@ -424,8 +424,7 @@ class Closeup(nn.Module):
     def forward(self, message: Tensor,           # (N, message)
                 chosen: Tensor,                  # bool (..., h, w), N of them
                 before: Tensor, tokens: Tensor,  # (..., h, w), two frames
-                onward: Tensor,                  # (..., h, w), of `Onward`
-                known: Tensor,                   # (..., h, w), the next frame; `codebook`: not known
+                onward: Tensor, known: Tensor,   # (..., h, w), of `Onward`, and the next frame; `codebook`: not known
                 reading: Tensor, ways: Tensor    # tables: of `reading`, and of `Came`
                 ) -> Tensor:                     # (N, answers)
         frame, y, x = chosen.flatten(0, -3).nonzero().unbind(1)

@@ -167,8 +167,7 @@ class Context:
     @torch.inference_mode()
     def closer(self, model: Dynamics, out: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:   # of `ask`, bool (B, T, h, w) -> of `Dynamics.closer`
         "A closer look at tokens of the next frames."
-        before, tokens = motion.previous(self.tokens)[:, :-1], self.tokens[:, :-1]
-        return model.closer(out[chosen], chosen, before, tokens, self.onward(model), model.staying(gate, tokens))
+        return model.closer(out[chosen], chosen, motion.previous(now := self.tokens[:, :-1]), now, self.onward(model), model.staying(gate, now))
 
     @torch.inference_mode()
     def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
@@ -285,7 +284,7 @@ class Scheme:
         "A tensor of the dynamics as this scheme stores it."
         return Packed.of(x, self.bits_of(name), self.size, calibrate=self.fit(name))
 
-
+# %% ../nbs/13_quantization.ipynb #q13c05s
 _FOUR = Scheme(4, 32, table=4, clip=True, wide=("finer.0.weight", "finer.2.weight"))
 SCHEMES = {   # name -> scheme; "mixed" chooses its layers when it is made, and int8-qat and int4-qat train first
     "float32": Scheme(), "bfloat16": Scheme(dtype="bfloat16"), "float16": Scheme(dtype="float16"),
@@ -608,7 +607,7 @@ def prepare(wm: WorldModel,
         wm = finetune(wm, scheme, clips, effort.qat_steps, seed=effort.seed)
     return quantize(wm, scheme, context)
 
-
+# %% ../nbs/13_quantization.ipynb #q13c09y
 def yardstick(wm: WorldModel, effort: Measure) -> list[course.Figure]:
     "One step ahead, answers to the key, small objects in reconstructions, and how long a world holds."
     figures = evaluate(wm, effort.play, effort.split, effort.clips, effort.length, effort.choices, effort.seed, effort.games)
