@@ -43,7 +43,7 @@ class DynamicsConfig:
     reach: int = 1          # tokens around its own that a position also sees
     token_width: int = 32   # E, channels of a token
     closer: int = 512       # W, channels of the closer look at a token that changes; a quarter of them name it
-    looks: int = 1          # how often it is looked at in play: each time the surest are settled
+    looks: int = 2          # how often it is looked at in play: each time the surest are settled
     detail: int = 64        # channels of what is around a token
     drawn: tuple[int, int] = DRAWN   # rows and columns that the games draw
     shifts: tuple[int, int] = REACH  # by how many of them a patch may move, to either side
@@ -57,7 +57,7 @@ class DynamicsConfig:
     scan_head: int = 32     # ... and its P
     most: int = 64          # positions that are computed per frame at most ...
     least: float = 0.02     # ... namely those that change with this probability or more; 0: any
-    guidance: float = 1.5   # how much the key counts in play; 1: as it was learned
+    guidance: float = 1.25  # how much the key counts in play; 1: as it was learned
     fps: int = 15           # frames per second of play
 
     def __post_init__(self):
