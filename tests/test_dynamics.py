@@ -315,8 +315,10 @@ def test_closer_looks_settle_the_surest_and_show_them_to_the_rest(monkeypatch):
     monkeypatch.setattr(world.dynamics, "closer", lambda out, chosen, *seen: asked.append((chosen.clone(), seen[-1])) or closer(out, chosen, *seen))
     frames, keys = play_of(2)
     state = world.start(frames, keys, PONG)
+    world.dynamics.config.looks, looks = 1, asked
     once = world.next_tokens(state, torch.tensor([1, 2]))
-    world.dynamics.config.looks, looks = 3, asked
+    assert len(looks) == 1
+    world.dynamics.config.looks = 3
     looks.clear()
     tokens, by = world.next_tokens(state, torch.tensor([1, 2]))
     open_ = torch.stack([chosen.flatten(1).sum(1) for chosen, _ in looks])
