@@ -325,7 +325,7 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
     axis = torch.export.Dim
     players, seat, busy = {0: axis("players")}, axis("seats", min=3), axis("busy", min=2)
     at, every, after = {0: players[0], 1: seat}, (players,) * len(states), (key, state.game)
-    clone = lambda *tensors: tuple(t.clone() for t in tensors)     # outside inference mode: plain tensors
+    clone = lambda *tensors: tuple(t.contiguous().clone() for t in tensors)   # outside inference mode: plain tensors, laid out as `checked` will
     return {
         "head": (clone(state.features, slots, state.tokens, state.onward, state.tokens, *after), (players, at, *(players,) * 5)),
         "route": (clone(recent, state.tokens, state.onward, age, *after), (players,) * 6),
