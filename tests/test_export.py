@@ -170,6 +170,12 @@ def test_engine_plays_alike(small, folders, target):
     check_play(small, backend)
 
 
+def test_graphs_are_traced_with_inputs_as_engines_get_them(small):
+    "A compiled graph takes the layout of its example for granted; `checked` makes every input contiguous."
+    given = export.example(small, Backend(small, graphs(small)))
+    assert all(tensor.is_contiguous() for inputs, _ in given.values() for tensor in inputs)
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_engine_plays_alike_and_is_for_this_machine(small, tmp_path, monkeypatch):
     manifest = export.export(small, ["inductor"], tmp_path, steps=8, games=small.games[:1])["inductor"]
