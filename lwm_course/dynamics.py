@@ -39,6 +39,7 @@ class DynamicsConfig:
     grid: int = 32          # tokens per side of a frame
     codebook: int = 16384   # different tokens
     code: int = 192         # V, numbers that describe one: `Tokenizer.code_table`
+    patch: int = 0          # pixels per side of a code's picture; 0: codes are no pictures
     group: int = 4          # tokens per side that share one position of the network
     reach: int = 1          # tokens around its own that a position also sees
     token_width: int = 32   # E, channels of a token
@@ -118,6 +119,16 @@ class _Codes(nn.Module):
         self.read_own, self.name_own = nn.Embedding(config.codebook, E), nn.Embedding(config.codebook, self.named + 1)   # what pixels do not say
         for own in (self.read_own, self.name_own): nn.init.zeros_(own.weight)
         self._kept = {}     # tables: training changes them at every step, in play they are made once
+
+    def pictures(self, codes: Tensor   # (codebook, V)
+                 ) -> Tensor | None:   # uint8 (codebook, patch, patch, 3)
+        "What codes look like, if they are pictures."
+        if p := self.config.patch: return training.to_uint8(codes.unflatten(1, (3, p, p)))
+
+    def describe(self, codes: Tensor):   # (codebook, V)
+        "Say anew what codes mean."
+        self.codes = codes.to(self.codes)
+        if self.config.patch: self.onward.depict(self.pictures(codes).to(self.codes.device))
 
     @property
     def mask(self) -> int: return self.config.codebook
@@ -217,7 +228,7 @@ class _Inputs(_Around):
         self.place = nn.Parameter(torch.randn(config.positions + 1, D) * 0.02)      # the last one: the whole frame
         self.enter, self.enter_before = nn.Linear(many * E, D), nn.Linear(many * E, D)
         self.overview, self.enter_next = nn.Linear(16 * E, D), nn.Linear(config.group ** 2 * E, D)
-        self.came, self.onward = Came(config.shifts), Onward(config.grid, config.shifts, config.drawn)
+        self.came, self.onward = Came(config.shifts), Onward(config.grid, config.shifts, config.drawn, self.pictures(self.codes))
         self.enter_motion, self.enter_onward = (nn.Linear(many * self.came.width, D) for _ in range(2))
         self.detail = nn.Conv2d(2 * (E + self.came.width), config.detail, 2 * config.reach + 1)
 
@@ -408,6 +419,13 @@ class _Details(_Origins):
 # %% ../nbs/07_dynamics.ipynb #3ff10b92
 class Dynamics(_Details):
     "Trunk (once per frame, recurrent) and head (once per refinement step): tokens and keys in, next tokens out."
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], **shape) -> "Dynamics":   # as in `DynamicsConfig`
+        "A new network for the tokens of a tokenizer."
+        patch = tokenizer.config.patch if tokenizer.config.quantizer == "dictionary" else 0
+        codes = tokenizer.code_table()
+        return cls(DynamicsConfig(games, tokenizer.grid[0], *codes.shape, patch, **shape), codes)
+
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         D, E = config.width, config.token_width
@@ -475,9 +493,9 @@ class Recipe:
     doubt: int = 3              # ... but in every so many steps it sees what it would settle first in play
     told: float = 0.5           # share of frames in which a closer look sees some of the changed tokens' next ones
     self_share: float = 0.5     # share of context frames that are the model's own prediction ...
-    self_every: int = 4         # ... in every so many steps ...
+    self_every: int = 3         # ... in every so many steps ...
     self_from: int = 300        # ... from this step on ...
-    self_deep: int = 3          # ... up to so many frames of them in a row
+    self_deep: int = 4          # ... up to so many frames of them in a row
     naming: float = 0.5         # weight of the changed tokens' names, beside the gate's
     routing: float = 1.0        # weight of the router's loss
 
@@ -488,7 +506,7 @@ def own_prediction(model: Dynamics,  # predicts
                    batch: dict       # of `TokenClips`: the truth
                    ) -> tuple[Tensor, Tensor]:     # (B, T, h, w) each
     "What the model would have shown in place of frames 1.. of (B, T, h, w): one step ahead, most likely tokens."
-    actions, game, truth, onward = batch["actions"].long(), batch["game"], batch["tokens"][:, 1:].long(), model.onward(moved)
+    actions, game, truth, onward = batch["actions"].long(), batch["game"], batch["tokens"][:, 1:].long(), model.onward(moved, tokens)
     features, active, _, _ = model.look(tokens, moved, onward, actions[:, :-1], game, model.beginning(tokens, batch["age"]), False)
     out, gate = model.predict(features, active, tokens, onward, torch.full_like(tokens, model.mask), actions[:, 1:], game)
     change, guess, by = gate < 0, tokens.clone(), torch.full_like(tokens, STAYED)
@@ -566,7 +584,7 @@ def dynamics_loss(model: Dynamics,
     batch = batch | {"age": torch.where(torch.rand(len(actions), 1, 1, **on) < recipe.unseen, LONG, batch["age"])}
     seen, moved = damaged(model, batch, step, recipe)
     shown = torch.where(torch.rand(len(actions), 1, **on) < recipe.action_dropout, -1, actions)
-    onward, count, bce = model.onward(moved), math.prod(frames), F.binary_cross_entropy_with_logits
+    onward, count, bce = model.onward(moved, seen), math.prod(frames), F.binary_cross_entropy_with_logits
     features, active, route, _ = model.look(seen, moved, onward, shown[:, :-1], game, model.beginning(seen, batch["age"]), False)
     answer = lambda known: model.predict(features, active, seen, onward, known, shown[:, 1:], game)
     unknown = hidden(target, answer, model.mask, step, recipe)
@@ -602,6 +620,7 @@ class PlayState:
     game: Tensor              # (B,)
     seeds: Tensor             # (B,) each player's own
     frame: Tensor             # (B,) frames played since `start`
+    due: Tensor               # (B, h, w), nats: the chances to change that each token has let pass
 
     @property
     def players(self) -> int: return len(self.tokens)
@@ -633,7 +652,7 @@ class _Parts(nn.Module):
             side = tokenizer.grid[0]
             raise ValueError(f"The tokenizer makes {side} x {side} tokens of {codes} kinds of {width} numbers, the dynamics read "
                              f"{own.grid} x {own.grid} of {own.codebook} of {own.code}: they were not trained together")
-        dynamics.codes = table.to(dynamics.codes)
+        dynamics.describe(table)
 
     @property
     def games(self) -> list[str]: return list(self.dynamics.config.games)
@@ -733,9 +752,9 @@ class _Starts(_Moves):
         index = torch.tensor([self.game_index(name) for name in names], device=where)
         self.check_actions(actions, index)
         came_by = torch.cat([torch.zeros(B, 1, dtype=torch.long), actions.long()], 1).to(where)
-        features, active, _, memory = self.dynamics.look(tokens, moved, onward := self.dynamics.onward(moved), came_by, index)
+        features, active, _, memory = self.dynamics.look(tokens, moved, onward := self.dynamics.onward(moved, tokens), came_by, index)
         last = (x[:, -1] for x in (features, active, tokens, onward, frames))
-        return PlayState(memory, *last, index, torch.tensor(seeds), torch.zeros(B, dtype=torch.long))
+        return PlayState(memory, *last, index, torch.tensor(seeds), torch.zeros(B, dtype=torch.long), torch.zeros(tokens[:, 0].shape, device=where))
 
     def keys(self, state: PlayState, action: Tensor | np.ndarray | list | int) -> Tensor:
         "The action of each player as a checked tensor (B,)."
@@ -819,21 +838,31 @@ class _Refines(_Chooses):
     "How the next frame is chosen, in one pass of the head or in several."
     @torch.inference_mode()
     def next_tokens(self, state: PlayState, action: Tensor, temperature: float = 0.0, refine: int = 1, guidance: float | None = None
-                    ) -> tuple[Tensor, Tensor]:   # (B, h, w) each: tokens, and by which shift they come (-1: none)
-        "Choose the next frame, in at most so many passes; the surest tokens first (MaskGIT, Chang et al. 2022, section 3.2)."
+                    ) -> tuple[Tensor, Tensor, Tensor]:   # (B, h, w) each: tokens, by which shift they come (-1: none), what is due
+        "Choose the next frame, first what is overdue, then in at most so many passes; the surest tokens first (MaskGIT, Chang et al. 2022, section 3.2)."
         if temperature < 0: raise ValueError(f"temperature must not be negative, got {temperature}")
         if refine < 1: raise ValueError(f"refine must be at least 1, got {refine}")
         known, shift = torch.full_like(state.tokens, self.dynamics.mask), torch.full_like(state.tokens, -1)
+        out, gate = self.head(state, action, known, guidance)
+        due = state.due + F.softplus(-gate)
+        late = (gate > 0) & (gate.sigmoid() <= SETTLED) & (due > math.log(2)) & (temperature == 0)
+        if late.any():
+            tokens, by, _ = self.choose(state, out, torch.where(late, -gate, gate), known, temperature, 0)
+            known, shift = torch.where(late, tokens, known), torch.where(late, by, shift)
+            out, gate = self.head(state, action, known, guidance)      # what goes along with it?
         for k in range(refine):
-            out, gate = self.head(state, action, known, guidance)
+            if k: out, gate = self.head(state, action, known, guidance)
             tokens, by, sure = self.choose(state, out, gate, known, temperature, k)
             open_ = known == self.dynamics.mask
             doubt = (open_ & (sure < SETTLED)).flatten(1)
-            if k == refine - 1 or not doubt.any(): return torch.where(open_, tokens, known), torch.where(open_, by, shift)
+            if k == refine - 1 or not doubt.any(): break
             half = (doubt.sum(1, keepdim=True) - 1).clamp_min(0) // 2
             floor = sure.flatten(1).masked_fill(~doubt, 0).sort(1, descending=True).values.gather(1, half).clamp_max(SETTLED)
             settled = open_ & (sure >= floor[..., None])
             known, shift = torch.where(settled, tokens, known), torch.where(settled, by, shift)
+        tokens = torch.where(open_, tokens, known)
+        near = F.max_pool2d((tokens != state.tokens)[:, None].float(), 5, 1, 2)[:, 0] > 0       # there the clock starts anew
+        return tokens, torch.where(open_, by, shift), due.masked_fill(near, 0)
 
 # %% ../nbs/07_dynamics.ipynb #8560eac3
 class _Shows(_Refines):
@@ -853,7 +882,7 @@ class _Shows(_Refines):
     @torch.inference_mode()
     def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
         "Remember that `tokens` (B, h, w), shown as `pixels`, followed when `action` (B,) was held."
-        onward = self.dynamics.onward(moved := self.came(pixels, state.pixels, tokens != state.tokens))
+        onward = self.dynamics.onward(moved := self.came(pixels, state.pixels, tokens != state.tokens), tokens)
         features, active, _, memory = self.dynamics.look(*(x[:, None] for x in (tokens, moved, onward, action)), state.game, state.memory)
         seen = dict(memory=memory, features=features[:, 0], active=active[:, 0], onward=onward)
         return replace(state, tokens=tokens, pixels=pixels, frame=state.frame + 1, **seen)
@@ -866,9 +895,9 @@ class _Plays(_Shows):
               guidance: float | None = None) -> tuple[Tensor, Callable]:   # frames uint8 (B, H, W, 3), what makes the next state
         "As `step`, but the memory waits: it can be updated while the frame is looked at."
         action = self.keys(state, action)
-        tokens, by = self.next_tokens(state, action, temperature, refine, guidance)
+        tokens, by, due = self.next_tokens(state, action, temperature, refine, guidance)
         pixels = self.show(state, tokens, by)
-        return pixels, lambda: self.commit(state, tokens, action, pixels)
+        return pixels, lambda: replace(self.commit(state, tokens, action, pixels), due=due)
 
     def step(self, state: PlayState,
              action: Tensor | list[int] | int,  # (B,) index of the held key, one for each player
@@ -899,7 +928,7 @@ class _Resets(_Plays):
         pairs = zip(state.memory.blocks, fresh.memory.blocks)
         blocks = [old and tuple(put(a, b, rows) for a, b in zip(old, new)) for old, new in pairs]
         kept = (put(getattr(state.memory, name), getattr(fresh.memory, name), where) for name in ("recent", "age"))
-        names = ("features", "active", "tokens", "onward", "pixels", "frame")
+        names = ("features", "active", "tokens", "onward", "pixels", "frame", "due")
         parts = {name: put(getattr(state, name), getattr(fresh, name), where) for name in names}
         return replace(state, memory=Memory(blocks, *kept), **parts)
 
@@ -964,8 +993,7 @@ def untrained(size: str,               # of `DYNAMICS_SIZES`
     "A world model with random weights and one nameless game, to measure what a size costs."
     config = TOKENIZER_SIZES[course.nearest(size, list(DYNAMICS_SIZES), what="size")]
     tokenizer = Tokenizer(replace(config, frame_size=side or config.frame_size))
-    games, codes = {"untrained": ("NOOP", "FIRE", "RIGHT", "LEFT")}, tokenizer.code_table()
-    return WorldModel(tokenizer, Dynamics(DynamicsConfig(games, tokenizer.grid[0], *codes.shape, **DYNAMICS_SIZES[size]), codes))
+    return WorldModel(tokenizer, Dynamics.of(tokenizer, {"untrained": ("NOOP", "FIRE", "RIGHT", "LEFT")}, **DYNAMICS_SIZES[size]))
 
 # %% ../nbs/07_dynamics.ipynb #1eb175bf
 def next_frame(wm: WorldModel,

@@ -241,7 +241,7 @@ class Backend(_Answers):
         "As in `WorldModel`."
         recent, blocks, age = state.memory.recent, state.memory.blocks, state.memory.age
         moved = self.came(pixels, state.pixels, tokens != state.tokens)
-        onward = self.dynamics.onward(moved)
+        onward = self.dynamics.onward(moved, tokens)
         active, means, age = self.run["route"](recent, tokens, onward, age, action, state.game)
         states = [part.unflatten(0, (state.players, -1)) for block in blocks for part in block]
         seen = recent, tokens, moved, onward, means, age, seats(active), busy_places(active, states[0]), action, state.game

@@ -175,13 +175,24 @@ class Came(nn.Module):
 
 # %% ../nbs/06b_motion.ipynb #mot00061
 class Onward(nn.Module):
-    "By which shift something comes next, if all that has just come goes on as it came. No weights: a table of how far each goes."
+    "By which shift something comes next, if all that has just come goes on as it came. No weights: tables of how far each goes."
     def __init__(self, grid: int,                # tokens per side of a frame
                  reach: tuple[int, int],         # of the shifts
                  drawn: tuple[int, int],         # rows and columns that the game draws
-                 touch: float = 0.1              # of a token's side: so far it must come in
+                 pictures: Tensor | None = None, # uint8 (codebook, patch, patch, 3), of codes; None: they are no pictures
+                 touch: float = 0.1,             # of a token's side: so far it must come in
+                 other: int = 16                 # levels of a colour: so much a pixel must change
                  ):
         super().__init__()
+        self.other, self.motion = other, None
+        self.register_buffer("pictures", None, persistent=False)
+        if pictures is not None:
+            self.motion = Motion(grid * (patch := pictures.shape[1]), patch, reach, drawn)
+            row, column = (at.repeat_interleave(n) if n else at.repeat(len(self.motion.rows)) for at, n in
+                           ((self.motion.rows, self.motion.width), (self.motion.columns, 0)))
+            self.register_buffer("cell", row // patch * grid + column // patch, persistent=False)      # of each drawn pixel, its token
+            self.register_buffer("pixel", row % patch * patch + column % patch, persistent=False)      # ... and its place in there
+            self.depict(pictures)
         step = shifts(reach) * grid / torch.tensor(drawn)                                  # (S, 2), in tokens
         near = torch.stack([-step.floor(), -step.ceil()], -1)                              # the tokens before and behind where it goes
         near = torch.where((near + step[..., None]).abs() < 1 - touch, near, grid).long()  # grid: outside of every frame
@@ -189,17 +200,36 @@ class Onward(nn.Module):
         lands = torch.stack([rows.repeat_interleave(2, 1), columns.repeat(1, 2)], -1)
         for name, table in {"step": step, "lands": lands}.items(): self.register_buffer(name, table, persistent=False)    # (S, 4, 2)
 
-    def forward(self, moved: Tensor  # (..., h, w), how each token came
+    def depict(self, pictures: Tensor):   # as above
+        "What codes look like."
+        self.pictures = pictures.flatten(1, 2)
+
+    def changes(self, frame: Tensor, cell: Tensor, by: Tensor,   # (n,) each: which frame, which token of it, which shift
+                tokens: Tensor     # (F, h * w), of the frames
+                ) -> Tensor:       # bool (n,)
+        "Would a shift change a token?"
+        at = self.motion.inside[cell] + self.motion.offset[by][:, None]                # (n, patch²)
+        brought, own = self.pictures[tokens[frame[:, None], self.cell[at]], self.pixel[at]], self.pictures[tokens[frame, cell]]
+        return (brought.maximum(own) - brought.minimum(own) > self.other).flatten(1).any(1)
+
+    def forward(self, moved: Tensor, # (..., h, w), how each token came
+                tokens: Tensor       # (..., h, w)
                 ) -> Tensor:         # (..., h, w), MOVED + s: by shift s; STAYED: by none
-        "What reaches each token; of several the farthest."
+        "What reaches each token, and would change it; of several the farthest."
         height, width = moved.shape[-2:]
+        if self.pictures is not None:
+            beside = F.max_pool2d(moved.flatten(0, -3)[:, None].float(), 3, 1, 1)[:, 0].long().view_as(moved)
+            moved = torch.where((moved == NEW) & (beside >= MOVED), beside, moved)
         at = (moved.flatten() >= MOVED).nonzero()[:, 0]
         way = moved.flatten()[at]
         y, x = (torch.stack([at // width % height, at % width], -1)[:, None] + self.lands[way - MOVED]).unbind(-1)    # (n, 4)
-        there = at[:, None] // (height * width) * (height * width) + y * width + x
-        there = torch.where((y >= 0) & (y < height) & (x >= 0) & (x < width), there, moved.numel())      # or nowhere
-        reached = torch.full((moved.numel() + 1,), STAYED, device=moved.device)
-        return reached.scatter_reduce(0, there.flatten(), way.repeat_interleave(4), "amax")[:-1].view_as(moved)
+        which, inside = at // (height * width), (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        which, way, cell = which[:, None].expand_as(y)[inside], way[:, None].expand_as(y)[inside], (y * width + x)[inside]
+        if self.pictures is not None:
+            some = self.changes(which, cell, way - MOVED, tokens.flatten(0, -3).flatten(1))
+            which, way, cell = which[some], way[some], cell[some]
+        reached = torch.full((moved.numel(),), STAYED, device=moved.device)
+        return reached.scatter_reduce(0, which * (height * width) + cell, way, "amax").view_as(moved)
 
 # %% ../nbs/06b_motion.ipynb #half0001
 def halfway(before: Tensor, after: Tensor,  # uint8 (B, H, W, 3), one frame apart

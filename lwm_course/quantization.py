@@ -162,7 +162,7 @@ class Context:
 
     def onward(self, model: Dynamics) -> Tensor:   # (B, T, h, w)
         "How what came goes on."
-        return model.onward(self.moved[:, :-1])
+        return model.onward(self.moved[:, :-1], self.tokens[:, :-1])
 
     @torch.inference_mode()
     def closer(self, model: Dynamics, out: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:   # of `ask`, bool (B, T, h, w) -> of `Dynamics.closer`
@@ -342,7 +342,7 @@ def quantize(wm: WorldModel,
         pack(other.dynamics, scheme.packed)
         pack(other.tokenizer, lambda name, x: Packed.of(x, scheme.table, 64, affine))
     else: other.tokenizer.to(getattr(torch, scheme.dtype)).float()      # what the file will hold
-    other.dynamics.codes = other.tokenizer.code_table().to(other.dynamics.codes)      # what tokens mean has changed a little
+    other.dynamics.describe(other.tokenizer.code_table())      # what tokens mean has changed a little
     return other.ready(other.dynamics.codes.device, scheme.dtype)      # also forgets the tables of the old weights
 
 # %% ../nbs/13_quantization.ipynb #q13c055
@@ -493,7 +493,7 @@ def drift(wm: WorldModel,           # the reference, played in float32
     found, away = {"state": [], "features": [], "tokens": []}, lambda x, y: ((x - y).norm() / x.norm()).item()
     for key in tqdm(keys, desc="drift", unit="frame", leave=False):
         key = wm.keys(a, [key])
-        (tokens, by), (others, from_) = wm.next_tokens(a, key), other.next_tokens(b, key)
+        (tokens, by, _), (others, from_, _) = wm.next_tokens(a, key), other.next_tokens(b, key)
         seen = tokens, key, wm.show(a, tokens, by)
         a, b = wm.commit(a, *seen), other.commit(b, *(seen if same else (others, key, other.show(b, others, from_))))
         if keep: b = keep(b)
@@ -565,7 +565,7 @@ def finetune(wm: WorldModel,
              ) -> WorldModel:            # still floats: put it through `quantize`
     "A copy whose weights have learned to be rounded (quantization-aware training, Jacob et al. 2017, section 3)."
     other, student = copy.deepcopy(wm), copy.deepcopy(wm.dynamics).requires_grad_(True)
-    student.codes = quantize(wm, replace(scheme, inputs="", smooth=0)).dynamics.codes
+    student.describe(quantize(wm, replace(scheme, inputs="", smooth=0)).dynamics.codes)
     names = stored(student)
     if scheme.inputs: round_inputs(student, replace(scheme, inputs="dynamic", smooth=0))
     places = [(student.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]

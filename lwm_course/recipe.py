@@ -122,8 +122,7 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
                    ) -> Dynamics:
     "Train the dynamics on tokens; continues an interrupted run."
     torch.manual_seed(config.seed)
-    codes = tokenizer.code_table()
-    model = start or Dynamics(DynamicsConfig(games, tokenizer.grid[0], *codes.shape, **DYNAMICS_SIZES[size]), codes)
+    model = start or Dynamics.of(tokenizer, games, **DYNAMICS_SIZES[size])
     model.requires_grad_(True)      # a loaded one is frozen
     if start: recipe = replace(recipe, self_from=0)
     clips = TokenClips(tokens, list(games), batch=max(8, len(games)), seed=config.seed)

@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def play_of(players=3, frames=5, seed=0):
 
 def look(net, tokens, moved, *args, **named):
     "`Dynamics.look`, what moves going on."
-    return net.look(tokens, moved, net.onward(moved), *args, **named)
+    return net.look(tokens, moved, net.onward(moved, tokens), *args, **named)
 
 
 def close(a, b):
@@ -218,7 +219,7 @@ def test_own_prediction_is_what_play_would_show(world):
     batch["actions"] = torch.cat([torch.zeros(2, 1, dtype=torch.long), torch.as_tensor(keys)], 1)
     own, by = own_prediction(world.dynamics, tokens[:, :-1], moved[:, :-1], batch)
     state = world.start(frames[:, :5], keys[:, :4], [PONG, FREEWAY])
-    played, shift = world.next_tokens(state, torch.as_tensor(keys[:, 4]))
+    played, shift, _ = world.next_tokens(state, torch.as_tensor(keys[:, 4]))
     named = shift < 0                                   # where a shift is wrong, training does not know what it would bring
     assert torch.equal(own[:, 0], tokens[:, 0]) and (own[:, 5] == played)[named].float().mean() > 0.99
     assert torch.equal(by[:, 5] >= MOVED, ~named) or (own[:, 5] == tokens[:, 5]).any()
@@ -299,7 +300,7 @@ def test_refinement_settles_changes_pass_by_pass(monkeypatch):
     monkeypatch.setattr(world, "head", lambda state, action, known, guidance: asked.append(known) or head(state, action, known, guidance))
     frames, keys = play_of(2)
     state = world.start(frames, keys, PONG)
-    tokens, _ = world.next_tokens(state, torch.tensor([1, 2]), refine=3)
+    tokens, *_ = world.next_tokens(state, torch.tensor([1, 2]), refine=3)
     changes, known = (tokens != state.tokens).flatten(1).sum(1), [known != world.dynamics.mask for known in asked]
     assert not known[0].any() and all((a <= b).all() for a, b in zip(known, known[1:])) and (changes > 6).all()
     settled = [(k & (tokens != state.tokens)).flatten(1).sum(1) / changes for k in known]
@@ -320,7 +321,7 @@ def test_closer_looks_settle_the_surest_and_show_them_to_the_rest(monkeypatch):
     assert len(looks) == 1
     world.dynamics.config.looks = 3
     looks.clear()
-    tokens, by = world.next_tokens(state, torch.tensor([1, 2]))
+    tokens, by, _ = world.next_tokens(state, torch.tensor([1, 2]))
     open_ = torch.stack([chosen.flatten(1).sum(1) for chosen, _ in looks])
     assert len(looks) == 3 and (open_[0] > 6).all() and (2 * open_[1:] <= open_[:-1]).all() and (open_[-1] > 0).all()     # of each player the surer half
     for chosen, known in looks:
@@ -358,12 +359,33 @@ def test_one_ball_in_several_passes_none_in_one(monkeypatch):
     asked = by_gates(world, monkeypatch, gates)
     def changes(refine):
         asked.clear()
-        tokens, by = world.next_tokens(state, torch.tensor([1, 2]), refine=refine)
+        tokens, by, _ = world.next_tokens(state, torch.tensor([1, 2]), refine=refine)
         return ((tokens != state.tokens) | (by >= 0)).flatten(1).nonzero()[:, 1].tolist()
     assert changes(1) == [] and len(asked) == 1
     assert changes(8) == [18, 18]                                       # the likeliest of four, for each of two players
     known = [(k != world.dynamics.mask).flatten(1).sum(1).tolist() for k in asked]
     assert known == [[0, 0], [62, 62], [63, 63]]                        # what is sure, and the surer half of the rest; then all is sure
+
+
+def test_what_is_unlikely_in_every_frame_happens_at_the_median_of_its_time(monkeypatch):
+    "A change of .2 a frame comes in the fourth, what goes along with it; one of .05 is not counted on."
+    world, serve, along, rare = small_world(), 18, 54, 41
+    torch.nn.init.normal_(world.dynamics.closeup.answer.weight)
+    def gates(known):
+        gate = torch.full(known.shape, 20.0).flatten(1)
+        gate[:, serve], gate[:, rare] = math.log(4), math.log(19)
+        gate[:, along] = torch.where(known.flatten(1)[:, serve] == world.dynamics.mask, 20.0, -20.0)
+        return gate.view(known.shape)
+    frames, keys = play_of(2)
+    state, found = world.start(frames, keys, PONG), []
+    asked = by_gates(world, monkeypatch, gates)
+    for _ in range(5):
+        tokens, by, due = world.next_tokens(state, torch.tensor([1, 2]))
+        found.append(((tokens != state.tokens) | (by >= 0)).flatten(1).sum(0).nonzero()[:, 0].tolist())
+        state = replace(state, due=due)
+    assert [part for part in found if part] == [[serve, along]] and found[3] and len(asked) == 6
+    assert (due.flatten(1)[:, serve] < 0.3).all() and (due.flatten(1)[:, rare] > 0.2).all()        # the one clock began anew, the other goes on
+    assert torch.equal(world.start(frames, keys, PONG).due, torch.zeros(2, 8, 8))
 
 
 def test_where_nothing_is_in_doubt_one_pass_is_enough(monkeypatch):
@@ -372,7 +394,7 @@ def test_where_nothing_is_in_doubt_one_pass_is_enough(monkeypatch):
     state = world.start(frames, keys, PONG)
     chance = torch.randn(state.tokens.shape, generator=torch.Generator().manual_seed(0))
     asked = by_gates(world, monkeypatch, lambda known: 10 * chance.sign())
-    tokens, _ = world.next_tokens(state, torch.tensor([1, 2]), refine=5)
+    tokens, *_ = world.next_tokens(state, torch.tensor([1, 2]), refine=5)
     assert len(asked) == 1 and torch.equal(tokens, world.next_tokens(state, torch.tensor([1, 2]))[0])
 
 

@@ -102,11 +102,11 @@ def test_a_tie_is_no_difference_but_many_are(wm):
     "Two choices that are as good as one another: the engine takes the other one, with the same numbers."
     class Turns(Backend):
         def next_tokens(self, *how):
-            tokens, by = super().next_tokens(*how)
+            tokens, by, due = super().next_tokens(*how)
             if self.turns:
                 tokens[0, 31, 31] = 1 - tokens[0, 31, 31].clamp_max(1)
                 self.turns -= 1
-            return tokens, by
+            return tokens, by, due
     backend = Turns(wm, graphs(wm))
     for turns, ties, passed in ((0, 0, True), (1, 1, True), (3, 3, False)):
         backend.turns = turns

@@ -112,7 +112,7 @@ def test_what_goes_on_reaches_the_tokens_it_overlaps(number, row, column):
     "A rectangle as large as a token, moved on once more, in drawn pixels: it reaches the tokens of which it covers a tenth of both sides."
     moved = torch.zeros(2, 32, 32, dtype=torch.long)
     moved[1, row, column] = MOVED + number
-    reached, sides, by = Onward(32, REACH, DRAWN)(moved), [side / 32 for side in DRAWN], shifts(REACH)[number].tolist()
+    reached, sides, by = Onward(32, REACH, DRAWN)(moved, moved), [side / 32 for side in DRAWN], shifts(REACH)[number].tolist()
     there = [at * side - shift for at, side, shift in zip((row, column), sides, by)]          # it goes against the shift that looked back
     covered = [[min(t + side, (n + 1) * side) - max(t, n * side) for n in range(32)] for t, side in zip(there, sides)]
     expected = [[min(a / sides[0], b / sides[1]) > 0.1 + 1e-6 for b in covered[1]] for a in covered[0]]
@@ -124,9 +124,32 @@ def test_of_two_that_reach_a_token_the_farther_counts():
     onward, number = Onward(8, REACH, (64, 64)), {tuple(by): MOVED + i for i, by in enumerate(shifts(REACH).tolist())}
     moved = torch.zeros(8, 8, dtype=torch.long)
     moved[4, 2], moved[3, 3], moved[0, 0] = number[0, -8], number[-8, 1], number[8, 8]      # the last one leaves the frame
-    reached = onward(moved)
+    reached = onward(moved, moved)
     assert reached[4, 3] == max(number[0, -8], number[-8, 1]) and reached[0, 0] == STAYED
-    assert torch.equal(onward(moved.expand(2, 3, 8, 8)), reached.expand(2, 3, 8, 8))
+    assert torch.equal(onward(*[moved.expand(2, 3, 8, 8)] * 2), reached.expand(2, 3, 8, 8))
+
+
+def test_what_would_change_nothing_is_not_reached():
+    "Against the pixels themselves, token by token; and what is new beside something that moves goes along."
+    torch.manual_seed(0)
+    pictures = torch.randint(2, (6, 8, 8, 3)).byte() * 200
+    pictures[:4] = 0
+    pictures[1, 3, 4], tokens = 17, torch.randint(6, (3, 8, 8))                 # a pixel that differs by 17 levels of 255
+    motion, blind, seeing = Shifts(64, 8, drawn=(64, 64)), Onward(8, REACH, (64, 64)), Onward(8, REACH, (64, 64), pictures)
+    moved = torch.where(torch.rand(3, 8, 8) < 0.2, MOVED + torch.randint(len(shifts(REACH)), (3, 8, 8)), STAYED)
+    film = pictures[tokens].transpose(2, 3).reshape(3, 64, 64, 3)
+    expected = torch.full_like(moved, STAYED)
+    for frame, y, x in (moved >= MOVED).nonzero().tolist():
+        one = torch.zeros_like(moved)
+        one[frame, y, x] = way = int(moved[frame, y, x])
+        for _, r, c in blind(one, tokens).nonzero().tolist():
+            brought = motion.brought(film, torch.tensor([frame]), torch.tensor([r * 8 + c]), torch.tensor([[way - MOVED]]))[0, 0]
+            if (brought.int() - pictures[tokens[frame, r, c]]).abs().max() > 16: expected[frame, r, c] = max(expected[frame, r, c], way)
+    assert torch.equal(seeing(moved, tokens), expected) and (blind(moved, tokens) != expected).any() and expected.any()
+    ball = MOVED + shifts(REACH).tolist().index([0, -8])                        # a token to the right
+    pair, shown = torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(1, 8, 8, dtype=torch.long)
+    pair[0, 2, 2], pair[0, 3, 2], pair[0, 6, 6], shown[0, 2:4, 2] = ball, NEW, NEW, 5
+    assert seeing(pair, shown).nonzero().tolist() == [[0, 2, 3], [0, 3, 3]] and blind(pair, shown).nonzero().tolist() == [[0, 2, 3]]
 
 
 def test_shifts_of_what_is_spoilt_are_struck_out():

@@ -29,7 +29,7 @@ def wm():
     torch.manual_seed(0)
     tokenizer = Tokenizer(TokenizerConfig(64, quantizer="dictionary", codes=64))
     codes = tokenizer.code_table()
-    model = Dynamics(DynamicsConfig(GAMES, tokenizer.grid[0], *codes.shape, width=64, depth=2, head_depth=1, least=0.0), codes)
+    model = Dynamics.of(tokenizer, GAMES, width=64, depth=2, head_depth=1, least=0.0)
     nn.init.constant_(model.gate.bias, 0.0)     # else nothing ever changes
     return WorldModel(tokenizer, model).ready("cpu", "float32")
 
