@@ -414,11 +414,14 @@ class StickyRandom:
         self.held = np.zeros(len(actions), int)     # frames each action got so far
         self.action, self.left = 0, 0
 
+    def another(self, env) -> int:
+        "The less held of two."
+        a, b = self.chance.integer(len(self.held)), self.chance.integer(len(self.held))
+        return a if self.held[a] <= self.held[b] else b
+
     def __call__(self, env) -> int:
         if self.left == 0:
-            a, b = self.chance.integer(len(self.held)), self.chance.integer(len(self.held))
-            self.action = a if self.held[a] <= self.held[b] else b
-            self.left = self.chance.duration(self.hold)
+            self.action, self.left = self.another(env), self.chance.duration(self.hold)
         self.left -= 1
         self.held[self.action] += 1
         return self.action
@@ -614,28 +617,21 @@ class Mixed:
         return self.parts[self.turn][0](env)
 
 # %% ../nbs/01_data.ipynb #curious1
-class Curious:
+class Curious(StickyRandom):
     "Hold keys that make a difference: every outcome is equally likely, however many keys lead to it."
 
-    def __init__(
-        self,
-        actions: list[str],     # names; only their number matters
-        chance: Chance,
-        hold: float = 2.0,      # mean time an action is held, frames
-    ):
-        self.actions, self.chance, self.hold, self.left = range(len(actions)), chance, hold, 0
+    def __init__(self, actions: list[str], chance: Chance, hold: float = 2.0):
+        super().__init__(actions, chance, hold)
 
-    def __call__(self, env) -> int:
-        if self.left == 0:
-            here, outcomes = env.clone(), {}
-            for action in self.actions:
-                env.step_native(action)
-                outcomes.setdefault(env.native.tobytes(), []).append(action)
-                env.restore(here)
-            alike = list(outcomes.values())[self.chance.integer(len(outcomes))]
-            self.action, self.left = alike[self.chance.integer(len(alike))], self.chance.duration(self.hold)
-        self.left -= 1
-        return self.action
+    def another(self, env) -> int:
+        "A key that leads to an outcome: the emulator is asked."
+        here, outcomes = env.clone(), {}
+        for action in range(len(self.held)):
+            env.step_native(action)
+            outcomes.setdefault(env.native.tobytes(), []).append(action)
+            env.restore(here)
+        alike = list(outcomes.values())[self.chance.integer(len(outcomes))]
+        return alike[self.chance.integer(len(alike))]
 
 # %% ../nbs/01_data.ipynb #05fdf52e
 PLAYERS = "mixed", "scripted", "random", "curious"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'GPUS', 'seats', 'Seats', 'busy_places', 'BusyHistories',
            'Graph', 'RouteGraph', 'TrunkGraph', 'HeadGraph', 'graphs', 'Backend', 'Parity', 'within', 'key_presses',
-           'logits_apart', 'parity', 'example', 'input_names', 'write_onnx', 'write_programs', 'OnnxRuntime',
-           'OnnxInt8', 'OpenVino', 'Inductor', 'machine_of', 'write_half', 'open_shapes', 'TensorRT', 'shapes_of',
-           'checked', 'source_hash', 'file_hash', 'parity_of', 'export', 'load_backend', 'Trial', 'frame_ms', 'fastest',
+           'logits_apart', 'parity', 'example', 'input_names', 'write_onnx', 'write_programs', 'Engine', 'OnnxRuntime',
+           'OnnxInt8', 'OpenVino', 'Inductor', 'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked',
+           'source_hash', 'file_hash', 'parity_of', 'export', 'load_backend', 'Trial', 'frame_ms', 'fastest',
            'load_player', 'smooth', 'smooth_figures', 'Cost', 'frame_cost', 'peaks', 'roofline_figures', 'compare',
            'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command', 'run_export', 'by_engine',
            'eval_command', 'bench_command', 'run_roofline', 'run_smooth']
@@ -366,10 +366,19 @@ def write_programs(run: dict[str, nn.Module], given: dict[str, tuple], folder: P
     return files
 
 # %% ../nbs/14_export.ipynb #exp00035
-class OnnxRuntime:
+class Engine:
+    "What is known of an engine. `write(file made from the graph, file)` makes its own, `load(file)` runs it."
+    packages, extra, suffix, precision = (), "export", ".onnx", "float32"
+    made_from, gpu, cards = "onnx", False, ()      # "onnx", "half" or "program"; whether it needs a GPU, and for which it is built
+
+    @staticmethod
+    def machine() -> str | None:
+        "What it compiles for; None: any machine."
+
+
+class OnnxRuntime(Engine):
     "ONNX Runtime, CPU."
-    packages, extra, suffix, precision = ("onnx", "onnxscript", "onnxruntime"), "export", ".onnx", "float32"
-    gpu, cards = False, ()      # whether it needs one, and for which it is built
+    packages = "onnx", "onnxscript", "onnxruntime"
 
     @staticmethod
     def write(onnx: Path, file: Path) -> None:
@@ -405,10 +414,9 @@ class OnnxInt8(OnnxRuntime):
         finally: logging.disable(logging.NOTSET)
 
 # %% ../nbs/14_export.ipynb #exp00036
-class OpenVino:
+class OpenVino(Engine):
     "OpenVINO, CPU."
-    packages, extra, suffix, precision = ("onnx", "onnxscript", "openvino"), "export", ".xml", "float32"
-    gpu, cards = False, ()
+    packages, suffix = ("onnx", "onnxscript", "openvino"), ".xml"
 
     @staticmethod
     @functools.cache    # never freed: its plugin lends this thread a stack for signals, and another thread that freed it would take it
@@ -431,14 +439,13 @@ class OpenVino:
         return lambda tensors: [torch.tensor(x) for x in request.infer([t.numpy() for t in tensors], share_inputs=True).values()]
 
 # %% ../nbs/14_export.ipynb #induct01
-class Inductor:
+class Inductor(Engine):
     "PyTorch's compiler, CPU: C++ for this processor, many operations in one loop."
-    packages, extra, suffix, precision = (), "export", ".pt2", "float32"
-    gpu, cards = False, ()
+    suffix, made_from = ".pt2", "program"
 
     @staticmethod
     def machine() -> str:
-        "What it compiles for."
+        "This kind of processor."
         return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
     @staticmethod
@@ -457,19 +464,15 @@ class Inductor:
         compiled = torch._inductor.aoti_load_package(str(file))
         return lambda tensors: list(compiled(*tensors))
 
-
-def machine_of(engine) -> str | None:   # of `TARGETS`
-    "The kind of machine for which an engine compiles here; None: its files serve any."
-    return engine.machine() if engine is Inductor else None
-
 # %% ../nbs/14_export.ipynb #exp00071
-def write_half(onnx: Path, file: Path) -> None:
-    "A float16 copy of an ONNX file; inputs and outputs stay as they are."
+def write_half(onnx: Path) -> Path:
+    "A float16 copy of an ONNX file, beside it; inputs and outputs stay as they are."
     model = course.require("onnx", extra="export").load(onnx)
     convert = course.require("onnxruntime.transformers.float16", extra="export").convert_float_to_float16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")       # numbers near 0 become 1e-7, and it says so each time
-        file.write_bytes(convert(model, keep_io_types=True).SerializeToString())
+        (half := onnx.with_name(f"{onnx.stem}-half.onnx")).write_bytes(convert(model, keep_io_types=True).SerializeToString())
+    return half
 
 
 def open_shapes(onnx: Path) -> dict[str, list[int | str]]:   # of each input; an open axis by its name
@@ -483,12 +486,12 @@ LENGTHS = {"players": (1, 1, 64), "seats": (2, 25, 65), "busy": (2, 32, 65)}    
 
 # %% ../nbs/14_export.ipynb #exp00072
 @dataclass
-class TensorRT:
+class TensorRT(Engine):
     "NVIDIA's TensorRT, or TensorRT for RTX, in float16."
     package: str                 # "tensorrt" or "tensorrt_rtx"
     extra: str                   # that installs it
     cards: tuple[str, ...] = ()  # of `CARDS`, to build for; none: the card in this machine
-    suffix, precision, gpu = ".engine", "float16", True
+    suffix, precision, made_from, gpu = ".engine", "float16", "half", True
 
     @property
     def packages(self): return "onnx", "onnxscript", "onnxruntime", self.package
@@ -607,20 +610,18 @@ def export(wm: WorldModel,        # in float32, on the CPU
     given = example(wm, Backend(wm, run := graphs(wm)))
     shapes, manifests, source = {name: shapes_of(*of) for name, of in given.items()}, {}, source_hash(wm)
     with tempfile.TemporaryDirectory() as room:
-        onnx = write_onnx(run, given, Path(room))
+        wanted, onnx = {engine.made_from for engine in engines.values()}, write_onnx(run, given, Path(room))
         opset = course.require("onnx", extra="export").load(onnx["head"]).opset_import[0].version
+        made = {"onnx": onnx, "half": "half" in wanted and {name: write_half(file) for name, file in onnx.items()},
+                "program": "program" in wanted and write_programs(run, given, Path(room))}
         for target, engine in engines.items():
             (folder := Path(out) / target).mkdir(parents=True, exist_ok=True)
             (folder / "manifest.json").unlink(missing_ok=True)       # files without one are nobody's
-            files = write_programs(run, given, Path(room)) if engine is Inductor else onnx
-            if engine.precision == "float16":
-                files = {name: Path(room) / f"{name}-half.onnx" for name in onnx}
-                for name, file in files.items(): write_half(onnx[name], file)
-            for name, file in files.items(): engine.write(file, folder / f"{name}{engine.suffix}")
+            for name, file in (files := made[engine.made_from]).items(): engine.write(file, folder / f"{name}{engine.suffix}")
             manifests[target] = dict(
                 target=target, source=source, opset=opset, precision=engine.precision, shapes=shapes,
                 files={file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.stem in GRAPHS},
-                tools={package: version(package) for package in ("torch", *engine.packages)}, cards=engine.cards, machine=machine_of(engine))
+                tools={package: version(package) for package in ("torch", *engine.packages)}, cards=engine.cards, machine=engine.machine())
             manifests[target] |= parity_of(wm, folder, manifests[target], files, steps, games or wm.games)
             course.write_json(folder / "manifest.json", manifests[target])
     return manifests
@@ -643,7 +644,7 @@ def load_backend(wm: WorldModel,      # that was exported
     except ValueError as error: raise ValueError(f"{folder}/manifest.json is damaged ({error}): {again}") from error
     if missing := {"target", "source", "shapes", "files", "precision"} - set(manifest):
         raise ValueError(f"{folder}/manifest.json lacks {', '.join(sorted(missing))}: {again}")
-    here = machine_of(TARGETS[course.nearest(manifest["target"], TARGETS, what="target")])
+    here = TARGETS[course.nearest(manifest["target"], TARGETS, what="target")].machine()
     if manifest.get("machine", here) != here: raise ValueError(f"{folder} was compiled for {manifest['machine']}, and this is {here}: {again}")
     if manifest["source"] != source_hash(wm): raise ValueError(f"{folder} was exported from other weights (stale): {again}")
     for name, want in manifest["files"].items():
