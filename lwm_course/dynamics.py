@@ -60,7 +60,6 @@ class DynamicsConfig:
     least: float = 0.02     # ... namely those that change with this probability or more; 0: any
     guidance: float = 1.25  # how much the key counts in play; 1: as it was learned
     fps: int = 15           # frames per second of play
-
     def __post_init__(self):
         self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)
         if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
@@ -119,16 +118,6 @@ class _Codes(nn.Module):
         self.read_own, self.name_own = nn.Embedding(config.codebook, E), nn.Embedding(config.codebook, self.named + 1)   # what pixels do not say
         for own in (self.read_own, self.name_own): nn.init.zeros_(own.weight)
         self._kept = {}     # tables: training changes them at every step, in play they are made once
-
-    def pictures(self, codes: Tensor   # (codebook, V)
-                 ) -> Tensor | None:   # uint8 (codebook, patch, patch, 3)
-        "What codes look like, if they are pictures."
-        if p := self.config.patch: return training.to_uint8(codes.unflatten(1, (3, p, p)))
-
-    def describe(self, codes: Tensor):   # (codebook, V)
-        "Say anew what codes mean."
-        self.codes = codes.to(self.codes)
-        if self.config.patch: self.onward.depict(self.pictures(codes).to(self.codes.device))
 
     @property
     def mask(self) -> int: return self.config.codebook
@@ -219,8 +208,26 @@ class _Around(_Conditions):
         near = torch.cat([part.unflatten(1, (*self.window, -1)) for part in parts], -1)
         return layer(near.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
+# %% ../nbs/07_dynamics.ipynb #pict0007
+class _Pictured(_Around):
+    "What codes look like."
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], **shape) -> "Dynamics":   # as in `DynamicsConfig`
+        "A new network for the tokens of a tokenizer."
+        codes, patch = tokenizer.code_table(), tokenizer.config.patch if tokenizer.config.quantizer == "dictionary" else 0
+        return cls(DynamicsConfig(games, tokenizer.grid[0], *codes.shape, patch, **shape), codes)
+
+    def pictures(self, codes: Tensor) -> Tensor | None:   # (codebook, V) -> uint8 (codebook, patch, patch, 3)
+        "Codes as pictures, if they are."
+        if p := self.config.patch: return training.to_uint8(codes.unflatten(1, (3, p, p)))
+
+    def describe(self, codes: Tensor):   # (codebook, V)
+        "Say anew what codes mean."
+        self.codes = codes.to(self.codes)
+        if self.config.patch: self.onward.depict(self.pictures(codes).to(self.codes.device))
+
 # %% ../nbs/07_dynamics.ipynb #882a68ce
-class _Inputs(_Around):
+class _Inputs(_Pictured):
     "What goes into the network: tokens, and how they came."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
@@ -419,13 +426,6 @@ class _Details(_Origins):
 # %% ../nbs/07_dynamics.ipynb #3ff10b92
 class Dynamics(_Details):
     "Trunk (once per frame, recurrent) and head (once per refinement step): tokens and keys in, next tokens out."
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], **shape) -> "Dynamics":   # as in `DynamicsConfig`
-        "A new network for the tokens of a tokenizer."
-        patch = tokenizer.config.patch if tokenizer.config.quantizer == "dictionary" else 0
-        codes = tokenizer.code_table()
-        return cls(DynamicsConfig(games, tokenizer.grid[0], *codes.shape, patch, **shape), codes)
-
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         D, E = config.width, config.token_width

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'REACH', 'FEW', 'STAYED', 'NEW', 'ANY', 'MOVED', 'LONG', 'FULL', 'shifts', 'Motion', 'ranks', 'Shifts',
-           'Came', 'Onward', 'halfway', 'grouped', 'older', 'ages', 'ages_at', 'Rows', 'add_to', 'Histories', 'filled',
-           'Offsets', 'SpatialAttention', 'Film', 'Router', 'previous', 'Closeup', 'surest', 'draw', 'explain',
-           'tokenize', 'read_tokens', 'clip_of', 'matches_of', 'unspoilt', 'of_clip', 'batch_of', 'TokenClips',
-           'corrupt', 'vanish']
+           'Came', 'Pictures', 'Onward', 'halfway', 'grouped', 'older', 'ages', 'ages_at', 'Rows', 'add_to',
+           'Histories', 'filled', 'Offsets', 'SpatialAttention', 'Film', 'Router', 'previous', 'Closeup', 'surest',
+           'draw', 'explain', 'tokenize', 'read_tokens', 'clip_of', 'matches_of', 'unspoilt', 'of_clip', 'batch_of',
+           'TokenClips', 'corrupt', 'vanish']
 
 # %% ../nbs/06b_motion.ipynb #mot00005
 import math, zipfile, zlib
@@ -173,32 +173,24 @@ class Came(nn.Module):
         both = torch.cat([table(index) for table, index in zip((self.row, self.column), self.index.unbind(1))], 1)
         return torch.cat([self.kind.weight[:MOVED], self.kind.weight[MOVED] + both])
 
-# %% ../nbs/06b_motion.ipynb #mot00061
-class Onward(nn.Module):
-    "By which shift something comes next, if all that has just come goes on as it came. No weights: tables of how far each goes."
+# %% ../nbs/06b_motion.ipynb #pict0001
+class Pictures(nn.Module):
+    "What a shift brings, by the pictures of codes alone. No weights."
     def __init__(self, grid: int,                # tokens per side of a frame
                  reach: tuple[int, int],         # of the shifts
                  drawn: tuple[int, int],         # rows and columns that the game draws
                  pictures: Tensor | None = None, # uint8 (codebook, patch, patch, 3), of codes; None: they are no pictures
-                 touch: float = 0.1,             # of a token's side: so far it must come in
                  other: int = 16                 # levels of a colour: so much a pixel must change
                  ):
         super().__init__()
-        self.other, self.motion = other, None
+        self.other = other
         self.register_buffer("pictures", None, persistent=False)
-        if pictures is not None:
-            self.motion = Motion(grid * (patch := pictures.shape[1]), patch, reach, drawn)
-            row, column = (at.repeat_interleave(n) if n else at.repeat(len(self.motion.rows)) for at, n in
-                           ((self.motion.rows, self.motion.width), (self.motion.columns, 0)))
-            self.register_buffer("cell", row // patch * grid + column // patch, persistent=False)      # of each drawn pixel, its token
-            self.register_buffer("pixel", row % patch * patch + column % patch, persistent=False)      # ... and its place in there
-            self.depict(pictures)
-        step = shifts(reach) * grid / torch.tensor(drawn)                                  # (S, 2), in tokens
-        near = torch.stack([-step.floor(), -step.ceil()], -1)                              # the tokens before and behind where it goes
-        near = torch.where((near + step[..., None]).abs() < 1 - touch, near, grid).long()  # grid: outside of every frame
-        rows, columns = near.unbind(1)
-        lands = torch.stack([rows.repeat_interleave(2, 1), columns.repeat(1, 2)], -1)
-        for name, table in {"step": step, "lands": lands}.items(): self.register_buffer(name, table, persistent=False)    # (S, 4, 2)
+        if pictures is None: return
+        self.motion = Motion(grid * (patch := pictures.shape[1]), patch, reach, drawn)
+        row, column = self.motion.rows.repeat_interleave(self.motion.width), self.motion.columns.repeat(len(self.motion.rows))
+        self.register_buffer("cell", row // patch * grid + column // patch, persistent=False)      # of each drawn pixel, its token
+        self.register_buffer("pixel", row % patch * patch + column % patch, persistent=False)      # ... and its place in there
+        self.depict(pictures)
 
     def depict(self, pictures: Tensor):   # as above
         "What codes look like."
@@ -211,6 +203,20 @@ class Onward(nn.Module):
         at = self.motion.inside[cell] + self.motion.offset[by][:, None]                # (n, patch²)
         brought, own = self.pictures[tokens[frame[:, None], self.cell[at]], self.pixel[at]], self.pictures[tokens[frame, cell]]
         return (brought.maximum(own) - brought.minimum(own) > self.other).flatten(1).any(1)
+
+# %% ../nbs/06b_motion.ipynb #mot00061
+class Onward(Pictures):
+    "By which shift something comes next, if all that has just come goes on as it came. No weights: tables of how far each goes."
+    def __init__(self, grid: int, reach: tuple[int, int], drawn: tuple[int, int], pictures: Tensor | None = None,   # of `Pictures`
+                 touch: float = 0.1              # of a token's side: so far it must come in
+                 ):
+        super().__init__(grid, reach, drawn, pictures)
+        step = shifts(reach) * grid / torch.tensor(drawn)                                  # (S, 2), in tokens
+        near = torch.stack([-step.floor(), -step.ceil()], -1)                              # the tokens before and behind where it goes
+        near = torch.where((near + step[..., None]).abs() < 1 - touch, near, grid).long()  # grid: outside of every frame
+        rows, columns = near.unbind(1)
+        lands = torch.stack([rows.repeat_interleave(2, 1), columns.repeat(1, 2)], -1)
+        for name, table in {"step": step, "lands": lands}.items(): self.register_buffer(name, table, persistent=False)    # (S, 4, 2)
 
     def forward(self, moved: Tensor, # (..., h, w), how each token came
                 tokens: Tensor       # (..., h, w)
