@@ -403,6 +403,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lwm_course.dynamics.PlayState': ('dynamics.html#playstate', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics.PlayState.nbytes': ('dynamics.html#playstate.nbytes', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics.PlayState.players': ('dynamics.html#playstate.players', 'lwm_course/dynamics.py'),
+                                     'lwm_course.dynamics.PlayState.some': ('dynamics.html#playstate.some', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics.Recipe': ('dynamics.html#recipe', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics.WorldModel': ('dynamics.html#worldmodel', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics.WorldModel.clip': ('dynamics.html#worldmodel.clip', 'lwm_course/dynamics.py'),

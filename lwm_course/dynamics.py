@@ -622,6 +622,10 @@ class PlayState:
     frame: Tensor             # (B,) frames played since `start`
     due: Tensor               # (B, h, w), nats: the chances to change that each token has let pass
 
+    def some(self, pick: Callable) -> "PlayState":
+        "What the head needs to know of some players."
+        return replace(self, **{name: pick(getattr(self, name)) for name in ("features", "active", "tokens", "onward", "game")})
+
     @property
     def players(self) -> int: return len(self.tokens)
     @property
@@ -782,8 +786,7 @@ class _Answers(_Starts):
         "The same, guided by the key: asked with it and without, as two players."
         if guidance is None: guidance = self.dynamics.config.guidance
         if guidance == 1: return self.answer(state, action, known)
-        twice = {name: torch.cat([part, part]) for name in ("features", "active", "tokens", "onward", "game") for part in [getattr(state, name)]}
-        answers = self.answer(replace(state, **twice), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
+        answers = self.answer(state.some(lambda part: torch.cat([part, part])), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
         return tuple(torch.lerp(free, own, guidance) for own, free in (answer.chunk(2) for answer in answers))
 
     @torch.inference_mode()
@@ -849,7 +852,8 @@ class _Refines(_Chooses):
         if late.any():
             tokens, by, _ = self.choose(state, out, torch.where(late, -gate, gate), known, temperature, 0)
             known, shift = torch.where(late, tokens, known), torch.where(late, by, shift)
-            out, gate = self.head(state, action, known, guidance)      # what goes along with it?
+            who = late.flatten(1).any(1)      # what goes along with it?
+            out[who], gate[who] = self.head(state.some(lambda part: part[who]), action[who], known[who], guidance)
         for k in range(refine):
             if k: out, gate = self.head(state, action, known, guidance)
             tokens, by, sure = self.choose(state, out, gate, known, temperature, k)
