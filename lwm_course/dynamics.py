@@ -210,12 +210,12 @@ class _Around(_Conditions):
 
 # %% ../nbs/07_dynamics.ipynb #pict0007
 class _Pictured(_Around):
-    "What codes look like."
+    "Codes, as a tokenizer makes them."
     @classmethod
     def of(cls, tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], **shape) -> "Dynamics":   # as in `DynamicsConfig`
         "A new network for the tokens of a tokenizer."
-        codes, patch = tokenizer.code_table(), tokenizer.config.patch if tokenizer.config.quantizer == "dictionary" else 0
-        return cls(DynamicsConfig(games, tokenizer.grid[0], *codes.shape, patch, **shape), codes)
+        codes, config = tokenizer.code_table(), tokenizer.config
+        return cls(DynamicsConfig(games, tokenizer.grid[0], *codes.shape, config.patch * config.pictures, **shape), codes)
 
     def pictures(self, codes: Tensor) -> Tensor | None:   # (codebook, V) -> uint8 (codebook, patch, patch, 3)
         "Codes as pictures, if they are."
@@ -693,7 +693,7 @@ class _Patches(_Parts):
     def tiles(self) -> Tensor | None:   # uint8 (codebook, patch, patch, 3)
         "The pixels of every token, where a token is a patch."
         (h, w), count = self.tokenizer.grid, self.tokenizer.codebook_size
-        if self.tokenizer.config.quantizer != "dictionary": return None
+        if not self.tokenizer.config.pictures: return None
         every = F.pad(torch.arange(count), (0, -count % (h * w))).view(-1, h, w)
         return tiles_of(self.tokenizer.decode(every), self.tokenizer.config.patch).flatten(0, 2)[:count].contiguous()
 

@@ -416,6 +416,7 @@ class TokenizerConfig:
         if self.frame_size < 1 or self.frame_size % self.patch:
             raise ValueError(f"frame_size {self.frame_size} is not a multiple of patch {self.patch}")
         nearest(self.quantizer, list(QUANTIZERS), "quantizer")   # an unknown name is an error
+    pictures = property(lambda self: self.quantizer == "dictionary", doc="Is a code a picture?")
 
 
 QUANTIZERS = {"fsq": lambda c: FSQ(c.levels), "vq": lambda c: VQ(c.codes, c.code_dim), "scalar": lambda c: Scalar(c.levels),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lwm_course import course, motion
-from lwm_course.dynamics import Dynamics, DynamicsConfig, WorldModel
+from lwm_course.dynamics import Dynamics, WorldModel
 from lwm_course.quantization import (SCHEMES, Context, Grid, Packed, RoundedLinear, Scheme, affine, balance, busy_layers, choose_wide,
                                      divergence, drift, file_bytes, finetune, grouped_rows, half, least_squares, load_quantized,
                                      minmax, observe, pack_bits, percentile, quantize, rounded_state, save_quantized, scheme_table,
@@ -28,7 +28,6 @@ def wm():
     "A small world model with random weights; its games look as different as noise can."
     torch.manual_seed(0)
     tokenizer = Tokenizer(TokenizerConfig(64, quantizer="dictionary", codes=64))
-    codes = tokenizer.code_table()
     model = Dynamics.of(tokenizer, GAMES, width=64, depth=2, head_depth=1, least=0.0)
     nn.init.constant_(model.gate.bias, 0.0)     # else nothing ever changes
     return WorldModel(tokenizer, model).ready("cpu", "float32")
