@@ -379,8 +379,9 @@ class _Origins(_Trunk):
                before: Tensor, tokens: Tensor, onward: Tensor,  # (..., h, w), of the last two frames
                known: Tensor           # (..., h, w), of the next one: of `staying`, or more
                ) -> Tensor:            # (N, W / 4 + S + 2)
-        "A closer look at tokens that change: what `names` and `origins` need to know."
-        return self.closeup(out, chosen, before, tokens, onward, known, self.table("closer", lambda: self.closeup.reading(self.codes)), self.ways())
+        "A closer look at tokens that change, for `names` and `origins`."
+        where, grids = chosen.flatten(0, -3).nonzero().unbind(1), (x.flatten(0, -3) for x in (before, tokens, onward, known))
+        return self.closeup(out, *where, *grids, self.table("closer", lambda: self.closeup.reading(self.codes)), self.ways())
 
     def origins(self, close: Tensor, # (N, W / 4 + S + 2), of `closer`
                 onward: Tensor       # (N,) of these
@@ -566,7 +567,7 @@ def hidden(target: Tensor,    # (B, T, h, w), the next frames
     on, frames = dict(device=target.device), (*target.shape[:2], 1, 1)
     if recipe.doubt and step % recipe.doubt == 0:
         with torch.no_grad(): gate = answer(torch.full_like(target, mask))[1]
-        torch.clear_autocast_cache()    # it holds weights cast without gradient
+        torch.clear_autocast_cache()    # as above
         return (gate.abs().sigmoid() < SETTLED) & (torch.rand(target.shape, **on) < torch.rand(frames, **on).sqrt())
     share = (torch.rand(frames, **on) * math.pi / 2).cos()       # MaskGIT, Chang et al. 2022, 3.2
     return torch.rand(target.shape, **on) < torch.where(torch.rand(frames, **on) < recipe.masked, 1.0, share)
@@ -592,7 +593,7 @@ def dynamics_loss(model: Dynamics,
     changes = target != seen
     moves = grouped(changes, model.config.group).any(-1)
     routing = (bce(route.float(), moves.float(), reduction="none") * weight[:, None, None]).sum() / count
-    asked = unknown & (gate != SURE)            # where nothing is computed, nothing can be learned
+    asked = unknown & (gate != SURE)            # elsewhere there is nothing to learn
     copying = (bce(gate, 1 - changes.float(), reduction="none") * asked * weight[:, None, None, None]).sum() / count
     changed, share = asked & changes, lambda part, of: (part.sum() / of.sum().clamp_min(1)).detach()
     told = torch.rand(*frames, 2, 1, 1, **on)
@@ -727,7 +728,7 @@ class _Moves(_Patches):
     def bring(self, state: PlayState, tokens: Tensor,   # (B, h, w)
               by: Tensor                                # (B, h, w) shifts, -1: none
               ) -> Tensor:                              # (B, h, w)
-        "Tokens, but where a shift brings a patch that of the patch."
+        "Tokens, and those of patches that come."
         moved, tokens = by >= 0, tokens.clone()
         tokens[moved] = self.names_of(self.motion.patches(state.pixels, by))
         return tokens
@@ -777,13 +778,17 @@ class _Answers(_Starts):
         return state.memory.recent[:, -2], state.tokens, state.onward
 
     def answer(self, state: PlayState, key: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        "Two embeddings (B, h, w, 2 * E) and the copy logit (B, h, w) of each next token."
+        "Embeddings (B, h, w, 2 * E) and the copy logit (B, h, w) of each next token."
         now = (x[:, None] for x in (state.features, state.active, state.tokens, state.onward, known, key))
         out, gate = self.dynamics.predict(*now, state.game)
         return out[:, 0], gate[:, 0]
 
+    def closer(self, state: PlayState, out: Tensor, chosen: Tensor, known: Tensor) -> Tensor:
+        "Of some tokens."
+        return self.dynamics.closer(out[chosen], chosen, *self.seen(state), known)
+
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
-        "The same, guided by the key: asked with it and without, as two players."
+        "The same, guided by the key: asked with it and without."
         if guidance is None: guidance = self.dynamics.config.guidance
         if guidance == 1: return self.answer(state, action, known)
         answers = self.answer(state.some(lambda part: torch.cat([part, part])), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
@@ -798,8 +803,8 @@ class _Answers(_Starts):
         for some in (gate != SURE).flatten(1).nonzero().split(32):
             tiles = self.motion.brought(state.pixels, *some.unbind(1), every.expand(len(some), -1))
             brought[tuple(some.unbind(1))] = self.tokenizer.encode_patches(tiles.flatten(0, 1)).view(len(some), -1)
-        seen = *self.seen(state), self.dynamics.staying(gate, state.tokens)
-        close = self.dynamics.closer(out.flatten(0, 2), torch.ones_like(gate, dtype=torch.bool), *seen).unflatten(0, gate.shape)
+        every, known = torch.ones_like(gate, dtype=torch.bool), self.dynamics.staying(gate, state.tokens)
+        close = self.closer(state, out, every, known).unflatten(0, gate.shape)
         return log_probs(self.dynamics, close, gate, state.tokens, state.game, brought.view(*gate.shape, -1), state.onward)
 
 # %% ../nbs/07_dynamics.ipynb #choose01
@@ -826,7 +831,7 @@ class _Chooses(_Answers):
         tokens, by, sure = state.tokens.clone(), torch.full_like(state.tokens, -1), torch.where(change, -gate, gate).sigmoid()
         known = torch.where(known == mask, self.dynamics.staying(gate, tokens).masked_fill(change, mask), known)
         for look in reversed(range(self.dynamics.config.looks)):
-            close = self.dynamics.closer(out[change], change, *self.seen(state), known)
+            close = self.closer(state, out, change, known)
             taken, shift, certain = self.pick(state, close, change, temperature, u[..., 1:])
             settled = change.clone()
             if look: settled[change] = (certain > SETTLED) | surest(certain, change.nonzero()[:, 0])
@@ -885,7 +890,7 @@ class _Shows(_Refines):
 
     @torch.inference_mode()
     def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
-        "Remember that `tokens` (B, h, w), shown as `pixels`, followed when `action` (B,) was held."
+        "Remember that `tokens` (B, h, w), shown as `pixels`, followed when `action` was held."
         onward = self.dynamics.onward(moved := self.came(pixels, state.pixels, tokens != state.tokens), tokens)
         features, active, _, memory = self.dynamics.look(*(x[:, None] for x in (tokens, moved, onward, action)), state.game, state.memory)
         seen = dict(memory=memory, features=features[:, 0], active=active[:, 0], onward=onward)
@@ -994,7 +999,8 @@ class WorldModel(_Saves):
 def untrained(size: str,               # of `DYNAMICS_SIZES`
               side: int | None = None  # of its frames, pixels
               ) -> WorldModel:
-    "A world model with random weights and one nameless game, to measure what a size costs."
+    "A world model with random weights, always the same, and a nameless game: what does a size cost?"
+    torch.manual_seed(0)
     config = TOKENIZER_SIZES[course.nearest(size, list(DYNAMICS_SIZES), what="size")]
     tokenizer = Tokenizer(replace(config, frame_size=side or config.frame_size))
     return WorldModel(tokenizer, Dynamics.of(tokenizer, {"untrained": ("NOOP", "FIRE", "RIGHT", "LEFT")}, **DYNAMICS_SIZES[size]))

@@ -36,9 +36,8 @@ FEW = 8             # shifts that are kept for a token, if more explain it
 
 
 def _number(colour: Tensor) -> Tensor:   # uint8 (..., 3) -> int32 (...)
-    "A colour as one number."
-    red, green, blue = colour.int().unbind(-1)
-    return red << 16 | green << 8 | blue
+    "A colour as one number: its bytes and a zero, read as an integer."
+    return F.pad(colour, (0, 1)).view(torch.int32)[..., 0]
 
 # %% ../nbs/06b_motion.ipynb #mot00050
 class Motion(nn.Module):
@@ -67,7 +66,8 @@ class Motion(nn.Module):
     def colours(self, frames: Tensor   # uint8 (B, H, W, 3)
                 ) -> Tensor:           # int32 (B, rows * columns)
         "The drawn pixels, with a margin, each colour as one number."
-        if self._last[0] is not frames: self._last = frames, _number(frames[:, self.rows][:, :, self.columns]).flatten(1)
+        if self._last[0] is not frames:
+            self._last = frames, _number(frames).index_select(1, self.rows).index_select(2, self.columns).flatten(1)
         return self._last[1]
 
 # %% ../nbs/06b_motion.ipynb #mot00014
@@ -87,7 +87,7 @@ class _Patches(Motion):
         "What each of some shifts brings to a token."
         at = self.inside[cell][:, None] + self.offset[by][..., None]               # (n, k, patch²)
         colour = self.colours(frames)[frame[:, None, None], at]
-        return torch.stack([colour >> 16, colour >> 8 & 255, colour & 255], -1).byte().unflatten(2, (self.patch, self.patch))
+        return colour[..., None].view(torch.uint8)[..., :3].unflatten(2, (self.patch, self.patch))
 
     def paste(self, frames: Tensor,     # uint8 (B, H, W, 3)
               tiles: Tensor,            # uint8 (n, patch, patch, 3)
@@ -457,21 +457,19 @@ class Closeup(nn.Module):
         "Embeddings of the codes, and of what is outside of a frame, or not known."
         return self.own.weight + F.pad(self.code(codes.to(self.own.weight.dtype)) / 2, (0, 0, 0, 1))
 
-    def forward(self, message: Tensor,           # (N, message)
-                chosen: Tensor,                  # bool (..., h, w), N of them
-                before: Tensor, tokens: Tensor,  # (..., h, w), two frames
-                onward: Tensor, known: Tensor,   # (..., h, w), of `Onward`, and the next frame; `codebook`: not known
+    def forward(self, message: Tensor, frame: Tensor, y: Tensor, x: Tensor,   # (N, message), (N,) of which frame, in which row and column
+                before: Tensor, tokens: Tensor,  # (F, h, w), two frames
+                onward: Tensor, known: Tensor,   # (F, h, w), of `Onward`, and the next frame; `codebook`: not known
                 reading: Tensor, ways: Tensor    # tables: of `reading`, and of `Came`
                 ) -> Tensor:                     # (N, answers)
-        frame, y, x = chosen.flatten(0, -3).nonzero().unbind(1)
-        by = torch.arange(-self.reach, self.reach + 1, device=chosen.device)
-        (h, w), y, x = chosen.shape[-2:], y[:, None, None] + by[:, None], x[:, None, None] + by      # (N, many, 1), (N, 1, many)
+        by = torch.arange(-self.reach, self.reach + 1, device=y.device)
+        (h, w), y, x = known.shape[-2:], y[:, None, None] + by[:, None], x[:, None, None] + by      # (N, many, 1), (N, 1, many)
         out, at = (y < 0) | (y >= h) | (x < 0) | (x >= w), (frame[:, None, None], y.clamp(0, h - 1), x.clamp(0, w - 1))
-        near = [F.embedding(grid.flatten(0, -3)[at].masked_fill(out, margin).flatten(1), table).flatten(1) for grid, table, margin in
+        near = [F.embedding(grid[at].masked_fill(out, margin).flatten(1), table).flatten(1) for grid, table, margin in
                 (*((grid, reading, len(reading) - 1) for grid in (before, tokens, known)), (onward, ways, STAYED))]
         rows = torch.cat([*near, message.to(near[0].dtype)], 1)
         if torch.is_autocast_enabled("cpu"): rows = F.pad(rows, (0, 0, 0, -len(rows) % FULL))     # few shapes: see `filled`
-        return self.answer(F.silu(self.think(F.silu(self.see(rows)))))[:len(frame)]
+        return self.answer(F.silu(self.think(F.silu(self.see(rows)))))[:frame.shape[0]]
 
 # %% ../nbs/06b_motion.ipynb #surest01
 def surest(sure: Tensor,   # (N,), in [0, 1]

@@ -1,19 +1,25 @@
-"Seats instead of rows, three graphs, and engines that play as PyTorch does."
+"Seats instead of rows, four graphs, and engines that play as PyTorch does."
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from lwm_course import course, export
 from lwm_course.course import main
-from lwm_course.dynamics import Dynamics, WorldModel
+from lwm_course.dynamics import DYNAMICS_SIZES, Dynamics, WorldModel
 from lwm_course.export import Backend, busy_places, fastest, graphs, key_presses, load_backend, opening, parity, seats
 from lwm_course.ssm import Mamba2
+from lwm_course.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +148,29 @@ def test_the_old_state_stays_valid(wm):
     assert torch.equal(backend.step(state, [2])[0], first)
 
 
+def test_graphs_of_the_larger_sizes_shape(small, tmp_path):
+    "Every position, always, and no memory in some blocks: as in `tiny`, `base` and `large`, with few channels."
+    torch.manual_seed(0)
+    own = {name: value for name, value in DYNAMICS_SIZES["tiny"].items() if name not in ("depth", "head_depth", "width", "token_width", "attention_heads")}
+    net = Dynamics(replace(small.dynamics.config, depth=3, head_depth=1, width=64, token_width=8, attention_heads=4, **own, grid=8), small.dynamics.codes)
+    torch.nn.init.constant_(net.gate.bias, 0.0)
+    world = WorldModel(Tokenizer(replace(small.tokenizer.config, frame_size=64)), net).ready("cpu", "float32")
+    world.tokenizer.quantizer.load_state_dict(small.tokenizer.quantizer.state_dict())
+    [manifest] = export.export(world, ["onnx"], tmp_path, steps=20, games=world.games[:1]).values()
+    assert [block is None for block in world.start(*play_of(world)).memory.blocks] == [False, True, False]
+    assert export.Parity(**manifest["parity"][0]).passed and len(manifest["shapes"]["trunk"]) == 10 + 2 * 2
+
+
+def test_a_size_with_random_weights_is_the_same_each_time():
+    args = argparse.Namespace(size="nano", frame_size=64)
+    assert export.source_hash(export.exported_model(args)) == export.source_hash(export.exported_model(args))
+
+
+def play_of(world):
+    "Random pictures, a key, a game."
+    return np.random.default_rng(0).integers(0, 256, (1, 4, *world.frame_size, 3), np.uint8), np.zeros((1, 3), int), world.games[0]
+
+
 def test_graphs_refuse_another_precision(small):
     low = small_world(small)
     low.dynamics.bfloat16()
@@ -168,6 +197,40 @@ def test_engine_plays_alike(small, folders, target):
     backend = load_backend(small, out/target)
     assert backend.precision == manifests[target]["precision"] == ("int8" if target == "onnx-int8" else "float32")
     check_play(small, backend)
+
+
+@pytest.mark.skipif(not shutil.which("npm"), reason="ONNX Runtime Web comes from npm, which is not installed")
+def test_the_same_files_run_in_a_browser(folders, browser, tmp_path):
+    "The page beside them, in Chromium, with the runtime next to it as somebody without a network would put it."
+    page_source = (folders[0]/"onnx"/"index.html").read_text()
+    version = re.search(r'VERSION = "([\d.]+)"', page_source)[1]
+    subprocess.run(["npm", "pack", f"onnxruntime-web@{version}"], cwd=tmp_path, check=True, capture_output=True)
+    shutil.unpack_archive(next(tmp_path.glob("*.tgz")), tmp_path)
+    for target, most in {"onnx": 1e-4, "onnx-int8": 2.0}.items():
+        folder = shutil.copytree(folders[0]/target, tmp_path/target)
+        (folder/"ort").symlink_to(tmp_path/"package"/"dist")
+        with served(folder) as address:
+            page = browser.new_page()
+            page.goto(address)
+            page.wait_for_function("window.found", timeout=120_000)
+            found = page.evaluate("window.found")
+            assert set(found) == set(export.GRAPHS), found
+            assert all(part["ms"] > 0 and part["difference"] <= most for part in found.values()) and (target == "onnx" or found["head"]["difference"] > 0)
+            assert page.locator("tbody tr").count() == 4 and "ms for all four" in page.inner_text("#said")
+            (folder/"closer.onnx").write_bytes(b"no")
+            page.goto(address)
+            page.wait_for_function("window.found")
+            assert "It did not run" in page.inner_text("#said")
+            page.close()
+
+
+@contextmanager
+def served(folder):
+    "A folder at an address of this machine."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
 
 
 def test_graphs_are_traced_with_inputs_as_engines_get_them(small):
@@ -199,7 +262,7 @@ def test_manifest_says_what_it_is(small, folders):
     manifest = json.loads((out/"onnx"/"manifest.json").read_text())
     assert manifest["source"] == export.source_hash(small) and manifest["precision"] == "float32"
     assert manifest["shapes"]["trunk"][-1] == ["players", 65, 4, 32, 16]
-    assert set(manifest["files"]) == {"head.onnx", "route.onnx", "trunk.onnx"} and manifest["tools"]["onnxruntime"]
+    assert set(manifest["files"]) == {f"{name}.onnx" for name in export.GRAPHS} and manifest["tools"]["onnxruntime"]
 
 
 def copy(folder, to):
@@ -344,7 +407,7 @@ def rtx(small, tmp_path_factory):
 def test_engines_are_built_for_every_card(rtx):
     folder, manifest = rtx
     assert manifest["cards"] == ("SM75", "SM86", "SM89", "SM120") == tuple(export.CARDS) and manifest["precision"] == "float16"
-    assert set(manifest["files"]) == {"head.engine", "route.engine", "trunk.engine"} and manifest["tools"]["tensorrt_rtx"]
+    assert set(manifest["files"]) == {f"{name}.engine" for name in export.GRAPHS} and manifest["tools"]["tensorrt_rtx"]
     assert all((folder/name).stat().st_size > 100_000 for name in manifest["files"])
     assert all(export.Parity(**p).passed for p in manifest["parity"]) and manifest["parity"][0]["first_gate"] > 1e-6, "it is half precision"
 
