@@ -999,7 +999,7 @@ class WorldModel(_Saves):
 def untrained(size: str,               # of `DYNAMICS_SIZES`
               side: int | None = None  # of its frames, pixels
               ) -> WorldModel:
-    "A world model with random weights, always the same, and a nameless game: what does a size cost?"
+    "A world model with random weights, always the same: what does a size cost?"
     torch.manual_seed(0)
     config = TOKENIZER_SIZES[course.nearest(size, list(DYNAMICS_SIZES), what="size")]
     tokenizer = Tokenizer(replace(config, frame_size=side or config.frame_size))
