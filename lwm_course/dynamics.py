@@ -376,8 +376,7 @@ class _Origins(_Trunk):
 
     def closer(self, out: Tensor,      # (N, 2 * E) of tokens that change, of `Dynamics.predict`
                chosen: Tensor,         # bool (..., h, w), which they are
-               before: Tensor, tokens: Tensor, onward: Tensor,  # (..., h, w), of the last two frames
-               known: Tensor           # (..., h, w), of the next one: of `staying`, or more
+               before: Tensor, tokens: Tensor, onward: Tensor, known: Tensor   # (..., h, w), of the last two frames; the next: `staying`, or more
                ) -> Tensor:            # (N, W / 4 + S + 2)
         "A closer look at tokens that change, for `names` and `origins`."
         where, grids = chosen.flatten(0, -3).nonzero().unbind(1), (x.flatten(0, -3) for x in (before, tokens, onward, known))
@@ -780,8 +779,7 @@ class _Answers(_Starts):
     def answer(self, state: PlayState, key: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         "Embeddings (B, h, w, 2 * E) and the copy logit (B, h, w) of each next token."
         now = (x[:, None] for x in (state.features, state.active, state.tokens, state.onward, known, key))
-        out, gate = self.dynamics.predict(*now, state.game)
-        return out[:, 0], gate[:, 0]
+        return tuple(answer[:, 0] for answer in self.dynamics.predict(*now, state.game))
 
     def closer(self, state: PlayState, out: Tensor, chosen: Tensor, known: Tensor) -> Tensor:
         "Of some tokens."
@@ -803,8 +801,7 @@ class _Answers(_Starts):
         for some in (gate != SURE).flatten(1).nonzero().split(32):
             tiles = self.motion.brought(state.pixels, *some.unbind(1), every.expand(len(some), -1))
             brought[tuple(some.unbind(1))] = self.tokenizer.encode_patches(tiles.flatten(0, 1)).view(len(some), -1)
-        every, known = torch.ones_like(gate, dtype=torch.bool), self.dynamics.staying(gate, state.tokens)
-        close = self.closer(state, out, every, known).unflatten(0, gate.shape)
+        close = self.closer(state, out, torch.ones_like(gate).bool(), self.dynamics.staying(gate, state.tokens)).unflatten(0, gate.shape)
         return log_probs(self.dynamics, close, gate, state.tokens, state.game, brought.view(*gate.shape, -1), state.onward)
 
 # %% ../nbs/07_dynamics.ipynb #choose01
