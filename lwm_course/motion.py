@@ -36,7 +36,7 @@ FEW = 8             # shifts that are kept for a token, if more explain it
 
 
 def _number(colour: Tensor) -> Tensor:   # uint8 (..., 3) -> int32 (...)
-    "A colour as one number: its bytes and a zero, read as an integer."
+    "A colour as one number: its bytes, red the lowest, and a zero, read as an integer."
     return F.pad(colour, (0, 1)).view(torch.int32)[..., 0]
 
 # %% ../nbs/06b_motion.ipynb #mot00050
