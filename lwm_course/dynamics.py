@@ -727,7 +727,7 @@ class _Moves(_Patches):
     def bring(self, state: PlayState, tokens: Tensor,   # (B, h, w)
               by: Tensor                                # (B, h, w) shifts, -1: none
               ) -> Tensor:                              # (B, h, w)
-        "Tokens, and those of patches that come."
+        "Tokens, but where a shift brings a patch that of the patch."
         moved, tokens = by >= 0, tokens.clone()
         tokens[moved] = self.names_of(self.motion.patches(state.pixels, by))
         return tokens
@@ -777,16 +777,16 @@ class _Answers(_Starts):
         return state.memory.recent[:, -2], state.tokens, state.onward
 
     def answer(self, state: PlayState, key: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        "Embeddings (B, h, w, 2 * E) and the copy logit (B, h, w) of each next token."
+        "Two embeddings (B, h, w, 2 * E) and the copy logit (B, h, w) of each next token."
         now = (x[:, None] for x in (state.features, state.active, state.tokens, state.onward, known, key))
         return tuple(answer[:, 0] for answer in self.dynamics.predict(*now, state.game))
 
     def closer(self, state: PlayState, out: Tensor, chosen: Tensor, known: Tensor) -> Tensor:
-        "Of some tokens."
+        "A closer look at some tokens."
         return self.dynamics.closer(out[chosen], chosen, *self.seen(state), known)
 
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
-        "The same, guided by the key: asked with it and without."
+        "The same, guided by the key: asked with it and without, as two players."
         if guidance is None: guidance = self.dynamics.config.guidance
         if guidance == 1: return self.answer(state, action, known)
         answers = self.answer(state.some(lambda part: torch.cat([part, part])), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
