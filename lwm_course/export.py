@@ -411,7 +411,7 @@ class Engine:
         "What it compiles for; None: any machine."
 
     @staticmethod
-    def accompany(folder: Path, vectors: dict[str, Tensor]) -> None:   # of `answered`
+    def accompany(folder: Path, run: dict[str, nn.Module], given: dict[str, tuple]) -> None:   # of `graphs`, of `example`
         "Put beside the files what else belongs there."
 
 # %% ../nbs/14_export.ipynb #exp00035
@@ -420,8 +420,9 @@ class OnnxRuntime(Engine):
     packages = "onnx", "onnxscript", "onnxruntime"
 
     @staticmethod
-    def accompany(folder: Path, vectors: dict[str, Tensor]) -> None:
+    def accompany(folder: Path, run: dict[str, nn.Module], given: dict[str, tuple]) -> None:
         "A page that runs the graphs in a browser, and what PyTorch gave; for models that a browser can hold."
+        vectors = answered(run, given)
         if sum(part.nbytes for part in vectors.values()) > 64e6: return
         save_file(vectors, folder / "example.safetensors")
         shutil.copy(training.MODELS.parent / "web" / "engine.html", folder / "index.html")
@@ -654,7 +655,7 @@ def export(wm: WorldModel,        # in float32, on the CPU
     for engine in engines.values():
         for package in engine.packages: course.require(package, extra=engine.extra)
     given = example(wm, Backend(wm, run := graphs(wm)))
-    shapes, manifests, source, vectors = {name: shapes_of(*of) for name, of in given.items()}, {}, source_hash(wm), answered(run, given)
+    shapes, manifests, source = {name: shapes_of(*of) for name, of in given.items()}, {}, source_hash(wm)
     with tempfile.TemporaryDirectory() as room:
         wanted, onnx = {engine.made_from for engine in engines.values()}, write_onnx(run, given, Path(room))
         opset = course.require("onnx", extra="export").load(onnx["head"]).opset_import[0].version
@@ -664,7 +665,7 @@ def export(wm: WorldModel,        # in float32, on the CPU
             (folder := Path(out) / target).mkdir(parents=True, exist_ok=True)
             (folder / "manifest.json").unlink(missing_ok=True)       # files without one are nobody's
             for name, file in (files := made[engine.made_from]).items(): engine.write(file, folder / f"{name}{engine.suffix}")
-            engine.accompany(folder, vectors)
+            engine.accompany(folder, run, given)
             manifests[target] = dict(
                 target=target, source=source, opset=opset, precision=engine.precision, shapes=shapes,
                 files={file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.stem in GRAPHS},
