@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import course, data, training
-from .dynamics import DYNAMICS_SIZES, Moment, WorldModel, evaluate, held_keys, moments, right_answers, untrained
+from .dynamics import Moment, WorldModel, evaluate, held_keys, moments, right_answers, untrained
+from .network import DYNAMICS_SIZES
 from .tokenizer import (BALLS, Tokenizer, changed_psnr, data_hash, patches_changed, perceptual,
                                   perplexity, to_float, token_flicker)
 from .training import find_pretrained, is_tokenizer, mse

@@ -28,9 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from . import course, data, evaluation, training
-from .dynamics import DYNAMICS_SIZES, SURE, Dynamics, Memory, PlayState, WorldModel, untrained
+from .dynamics import PlayState, WorldModel, untrained
 from .evaluation import latencies, opening
 from .motion import STAYED, halfway, older
+from .network import DYNAMICS_SIZES, SURE, Dynamics, Memory
 from .ssm import Mamba2
 
 # %% ../nbs/14_export.ipynb #exp00008

@@ -25,8 +25,9 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from . import course, data, motion, training
-from .dynamics import SURE, Dynamics, DynamicsConfig, PlayState, WorldModel, dynamics_loss, evaluate
+from .dynamics import PlayState, WorldModel, dynamics_loss, evaluate
 from .evaluation import figure, lasting, long_play, recordings, tokenizer_figures
+from .network import SURE, Dynamics, DynamicsConfig
 from .tokenizer import Tokenizer, TokenizerConfig
 
 # %% ../nbs/13_quantization.ipynb #q13c013

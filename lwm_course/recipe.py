@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from . import course, data, training
-from .dynamics import DYNAMICS_SIZES, NANO_GAMES, Dynamics, DynamicsConfig, Recipe, WorldModel, dynamics_loss, evaluate
+from .dynamics import Recipe, WorldModel, dynamics_loss, evaluate
 from .motion import TokenClips, tokenize
+from .network import DYNAMICS_SIZES, NANO_GAMES, Dynamics
 from .tokenizer import PLACED, QUANTIZERS, TOKENIZER_SIZES, Tokenizer, TokenizerConfig, data_hash, train_tokenizer
 
 # %% ../nbs/recipe.ipynb #5b5a7393

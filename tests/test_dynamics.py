@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lwm_course import course, data, dynamics, evaluation, recipe
-from lwm_course.dynamics import (Dynamics, DynamicsConfig, Moment, Recipe, WorldModel, action_response, dynamics_loss, log_probs, next_frame,
+from lwm_course.dynamics import (Moment, Recipe, WorldModel, action_response, dynamics_loss, log_probs, next_frame,
                                  own_prediction)
 from lwm_course.motion import FEW, LONG, MOVED, NEW, STAYED, shifts
+from lwm_course.network import Dynamics, DynamicsConfig
 from lwm_course.tokenizer import Tokenizer, TokenizerConfig
 from lwm_course.training import MODELS, mse
 

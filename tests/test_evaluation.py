@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lwm_course import course, data, evaluation
-from lwm_course.dynamics import Dynamics, DynamicsConfig, WorldModel, moments, rollout
+from lwm_course.dynamics import WorldModel, moments, rollout
+from lwm_course.network import Dynamics, DynamicsConfig
 from lwm_course.evaluation import (CONTEXT, WHERE, Copier, Deaf, GameEncoder, Reader, Simulator, Stretch, answers, ball_figures, beside,
                                    blobs, clip_figures, collapse, count_balls, crowd_figure, cut, fact_figures, fd_figures, figure,
                                    frechet, twins, lately, long_figures, motion, own_colour, play_figures, presence, readers_of,

@@ -16,7 +16,8 @@ import pytest
 import torch
 from lwm_course import course, export
 from lwm_course.course import main
-from lwm_course.dynamics import DYNAMICS_SIZES, Dynamics, WorldModel
+from lwm_course.dynamics import WorldModel
+from lwm_course.network import DYNAMICS_SIZES, Dynamics
 from lwm_course.export import Backend, busy_places, fastest, graphs, key_presses, load_backend, opening, parity, seats
 from lwm_course.ssm import Mamba2
 from lwm_course.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lwm_course import course, motion
-from lwm_course.dynamics import Dynamics, WorldModel
+from lwm_course.dynamics import WorldModel
+from lwm_course.network import Dynamics
 from lwm_course.quantization import (SCHEMES, Context, Grid, Packed, RoundedLinear, Scheme, affine, balance, busy_layers, choose_wide,
                                      divergence, drift, file_bytes, finetune, grouped_rows, half, least_squares, load_quantized,
                                      minmax, observe, pack_bits, percentile, quantize, rounded_state, save_quantized, scheme_table,

@@ -121,18 +121,18 @@ def imported(tree):
 
 
 def order_problems():
-    "A module may import only from chapters with a lower number."
+    "A module may import only from chapters before its own."
     sources, problems = modules(), []
+    chapter = lambda notebook: notebook.split("_")[0]     # "06", "06b", "07"; the appendices' names come after all numbers
     for module, notebook in sources.items():
         path = ROOT/"lwm_course"/f"{module}.py"
         if notebook is None:
             problems.append(f"lwm_course/{module}.py comes from no notebook. Make it an export of a chapter in nbs/.")
             continue
         for other in sorted(set(imported(ast.parse(path.read_text(encoding="utf-8"))))):
-            if sources.get(other) and sources[other][:2] >= notebook[:2] and other != module:
-                chapter, later = notebook[:2], sources[other][:2]
-                problems.append(f"lwm_course/{module}.py (chapter {chapter}) imports {other} (chapter {later}). "
-                                f"Move what it needs to a chapter before {chapter}.")
+            if sources.get(other) and chapter(sources[other]) >= chapter(notebook) and other != module:
+                own, later = chapter(notebook), chapter(sources[other])
+                problems.append(f"lwm_course/{module}.py (chapter {own}) imports {other} (chapter {later}). Move what it needs to a chapter before {own}.")
     return problems
 
 
