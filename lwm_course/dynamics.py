@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log_probs', 'Recipe', 'own_prediction', 'damaged', 'name_loss', 'hidden', 'dynamics_loss', 'PlayState', 'noise',
-           'WorldModel', 'untrained', 'next_frame', 'rollout', 'Moment', 'moments', 'held_keys', 'right_answers',
-           'action_response', 'evaluate']
+           'draw', 'WorldModel', 'untrained', 'next_frame', 'rollout', 'Moment', 'moments', 'held_keys',
+           'right_answers', 'action_response', 'evaluate']
 
 # %% ../nbs/07_dynamics.ipynb #b45fd891
 import functools, math
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import course, data, training
-from .motion import (LONG, MOVED, NEW, STAYED, Shifts, ages, corrupt, draw, grouped, matches_of, of_clip, previous, surest, unspoilt, vanish)
-from .network import DYNAMICS_SIZES, SETTLED, SURE, Dynamics, DynamicsConfig, Memory
+from .motion import LONG, MOVED, NEW, STAYED, Shifts, corrupt, matches_of, of_clip, previous, unspoilt, vanish
+from .network import DYNAMICS_SIZES, SETTLED, SURE, Dynamics, DynamicsConfig, Memory, grouped, surest
 from .tokenizer import TOKENIZER_SIZES, Tokenizer, tiles_of
 from .training import changed_pixels, find_pretrained, mse, push_folder
 
@@ -210,6 +210,14 @@ def noise(state: PlayState,  # seeds and frame numbers
         rng = np.random.Generator(np.random.Philox(key=[seed & (2 ** 64 - 1), frame * 64 + k]))
         out.append(torch.from_numpy(rng.random((draws, *state.tokens.shape[1:]), np.float32)))
     return torch.stack(out).to(state.tokens.device)
+
+# %% ../nbs/07_dynamics.ipynb #draw0001
+def draw(logits: Tensor,   # (N, K)
+         u: Tensor         # (N,), chance, uniform in [0, 1)
+         ) -> Tensor:      # (N,)
+    "One of K for each row, by the inverse of the cumulative distribution."
+    cumulative = logits.softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:]).clamp_max(logits.shape[-1] - 1)[:, 0]
 
 # %% ../nbs/07_dynamics.ipynb #8f15ed28
 class _Parts(nn.Module):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwm_course import data
-from lwm_course.motion import (ANY, DRAWN, FEW, MOVED, NEW, REACH, STAYED, Onward, Shifts, TokenClips, batch_of, clip_of, corrupt, draw, explain, matches_of,
+from lwm_course.motion import (ANY, DRAWN, FEW, MOVED, NEW, REACH, STAYED, Onward, Shifts, TokenClips, batch_of, clip_of, corrupt, explain, matches_of,
                                ranks, read_tokens, shifts, tokenize, unspoilt, vanish)
 from lwm_course.tokenizer import Tokenizer
 
@@ -217,9 +217,3 @@ def test_damaged_and_old_tokens_are_named(tmp_path):
     np.savez(path, tokens=whole["tokens"], actions=whole["actions"])
     with pytest.raises(ValueError, match="00000000-mixed.npz.*older version"): read_tokens(path)
     with pytest.raises(ValueError, match="nothing.npz"): read_tokens(tmp_path / "nothing.npz")
-
-
-def test_draw_follows_the_odds():
-    odds = torch.tensor([0.1, 0.0, 0.6, 0.3])
-    drawn = draw(odds.log().expand(1000, 4), (torch.arange(1000) + 0.5) / 1000)
-    assert torch.allclose(torch.bincount(drawn, minlength=4) / 1000, odds, atol=0.002)
