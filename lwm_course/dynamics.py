@@ -548,6 +548,15 @@ class _Saves(_Resets):
 # %% ../nbs/07_dynamics.ipynb #497f9ca9
 class WorldModel(_Saves):
     "A game that is only a network: tokenizer and dynamics behind `start` and `step`."
+    name = "torch"      # of what computes
+
+    @property
+    def backend(self) -> str:
+        "What computes. Set it, between two frames if you like, to `torch`, or to an engine (chapter 14): `onnxruntime`, `openvino`, `compile`, `tensorrt`, `auto`."
+        return self.name
+    @backend.setter
+    def backend(self, name: str): course.require("lwm_course.export", extra="export").play_by(self, name)
+
     def clip_names(self, game: str) -> list[str]:
         "The start clips that came with the model."
         self.game_index(game)

@@ -323,6 +323,44 @@ def test_the_fastest_that_plays_alike_is_taken(small, folders, tmp_path, monkeyp
     assert player is small and trials[-1].ms is None and "not alike" in trials[-1].why
 
 
+def test_one_line_changes_the_engine(small, folders, tmp_path, monkeypatch, capsys):
+    out, _ = folders
+    home = tmp_path/"lwm_course"/f"{export.source_hash(small)[:16]}-{torch.__version__}"
+    written = []
+
+    def write(wm, targets, where, steps, games):
+        written.extend(targets)
+        for target in targets: shutil.copytree(out/target, where/target, dirs_exist_ok=True)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(export, "export", write)
+    clip, keys = opening(small, small.games[0])
+    state = small.start(clip[None], keys[None], small.games[0])
+    frame, after = small.step(state, [0])
+    try:
+        small.backend = "onnxruntime"
+        assert small.backend == small.name == "onnxruntime" and isinstance(small, Backend) and written == ["onnx"] and str(home) in capsys.readouterr().out
+        shown, onward = small.step(state, [0])
+        assert torch.equal(shown, frame) and torch.equal(onward.tokens, after.tokens)
+        small.backend = "torch"
+        assert small.backend == "torch" and type(small) is WorldModel and torch.equal(small.step(onward, [0])[0], small.step(after, [0])[0])
+        small.backend = "onnx"
+        assert small.backend == "onnxruntime" and written == ["onnx"]               # it was there
+        (home/"onnx"/"head.onnx").write_bytes(b"cut short")
+        small.backend = "onnxruntime"
+        assert written == ["onnx", "onnx"]                                          # and is written again where it is damaged
+        with pytest.raises(ValueError, match="onnxruntime"): small.backend = "onnxruntme"
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match="tensorrt-rtx needs an NVIDIA GPU"): small.backend = "tensorrt"
+        monkeypatch.setattr(export, "within", lambda *_: False)
+        small.backend = "torch"
+        with pytest.raises(ValueError, match="does not play as PyTorch"): small.backend = "onnxruntime"
+        assert small.backend == "torch" and type(small) is WorldModel               # as before
+        small.backend = "auto"
+        assert small.backend == "torch"                                             # the only one that passed
+    finally: small.__class__ = WorldModel
+
+
 @pytest.mark.parametrize("command, run", [(export.eval_command, "run_eval"), (export.bench_command, "run_bench")])
 def test_yardstick_and_benchmark_take_an_engine(small, folders, tmp_path, monkeypatch, command, run):
     given = []
