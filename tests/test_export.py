@@ -323,6 +323,15 @@ def test_the_fastest_that_plays_alike_is_taken(small, folders, tmp_path, monkeyp
     assert player is small and trials[-1].ms is None and "not alike" in trials[-1].why
 
 
+def test_the_lines_of_the_readme_play(monkeypatch):
+    "As they stand there; only the engine is not written."
+    [lines] = re.findall(r"```python\n(.*?)```", (course.root()/"README.md").read_text(encoding="utf-8"), re.DOTALL)
+    chosen, given = [], {}
+    monkeypatch.setattr(export, "play_by", lambda wm, name: chosen.append(name))
+    exec(lines, given)
+    assert given["frame"].shape == (1, 256, 256, 3) and given["frame"].dtype == torch.uint8 and set(chosen) <= {*export.BACKENDS, "auto"} and chosen
+
+
 def test_one_line_changes_the_engine(small, folders, tmp_path, monkeypatch, capsys):
     out, _ = folders
     home = tmp_path/"lwm_course"/f"{export.source_hash(small)[:16]}-{torch.__version__}"
