@@ -655,6 +655,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lwm_course.export.bench_plot': ('export.html#bench_plot', 'lwm_course/export.py'),
                                    'lwm_course.export.bench_rows': ('export.html#bench_rows', 'lwm_course/export.py'),
                                    'lwm_course.export.bench_table': ('export.html#bench_table', 'lwm_course/export.py'),
+                                   'lwm_course.export.between': ('export.html#between', 'lwm_course/export.py'),
                                    'lwm_course.export.busy_places': ('export.html#busy_places', 'lwm_course/export.py'),
                                    'lwm_course.export.by_engine': ('export.html#by_engine', 'lwm_course/export.py'),
                                    'lwm_course.export.cached_engines': ('export.html#cached_engines', 'lwm_course/export.py'),

@@ -8,10 +8,10 @@ __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'BACKENDS',
            'Backend', 'Parity', 'within', 'key_presses', 'logits_apart', 'parity', 'example', 'answered', 'input_names',
            'write_onnx', 'write_programs', 'Engine', 'OnnxRuntime', 'OnnxInt8', 'OpenVino', 'Inductor', 'write_half',
            'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'parity_of', 'export',
-           'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'cached_engines', 'play_by', 'smooth',
-           'smooth_figures', 'Cost', 'frame_cost', 'peaks', 'roofline_figures', 'compare', 'bench_rows', 'bench_table',
-           'bench_plot', 'bench_page', 'export_command', 'exported_model', 'run_export', 'by_engine', 'eval_command',
-           'bench_command', 'run_roofline', 'run_smooth']
+           'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'cached_engines', 'play_by', 'between',
+           'smooth', 'smooth_figures', 'Cost', 'frame_cost', 'peaks', 'roofline_figures', 'compare', 'bench_rows',
+           'bench_table', 'bench_plot', 'bench_page', 'export_command', 'exported_model', 'run_export', 'by_engine',
+           'eval_command', 'bench_command', 'run_roofline', 'run_smooth']
 
 # %% ../nbs/14_export.ipynb #exp00005
 import functools, hashlib, json, logging, os, platform, shutil, tempfile, time, warnings
@@ -35,6 +35,7 @@ from .evaluation import latencies, opening
 from .motion import STAYED, halfway, older
 from .network import DYNAMICS_SIZES, SURE, Dynamics, Memory
 from .ssm import Mamba2
+from .tokenizer import patches_changed
 
 # %% ../nbs/14_export.ipynb #exp00008
 def seats(active: Tensor,    # bool (B, P), as in `PlayState`
@@ -796,15 +797,20 @@ def play_by(wm: WorldModel,
     if player is not itself: wm.run, wm.precision, wm.name = player.run, player.precision, said.get(player.name, player.name)
 
 # %% ../nbs/14_export.ipynb #smooth01
-def smooth(wm: WorldModel,    # for its tokens and shifts
+def between(wm: WorldModel,                  # for its patches and shifts
+            before: Tensor, after: Tensor    # uint8 (B, H, W, 3), one frame apart
+            ) -> Tensor:                     # uint8 (B, H, W, 3)
+    "The picture between two frames."
+    return halfway(before, after, wm.came(after, before, patches_changed(after, before, wm.motion.patch)), wm.dynamics.onward.step)
+
+
+def smooth(wm: WorldModel,    # as above
            film: np.ndarray   # uint8 (T, H, W, 3)
            ) -> np.ndarray:   # uint8 (2 T - 1, H, W, 3)
     "A film of twice as many pictures a second."
-    frames = torch.from_numpy(film).to(wm.dynamics.codes.device)
-    moved = wm.read(frames[None])[1][0, 1:]
-    pairs = zip(frames.split(1), frames[1:].split(1), moved.split(1))
-    between = [halfway(*pair, wm.dynamics.onward.step)[0].cpu().numpy() for pair in pairs]
-    return np.stack([picture for both in zip(film, between) for picture in both] + [film[-1]])
+    frames = torch.from_numpy(film).to(wm.dynamics.codes.device).split(1)
+    added = [between(wm, *pair)[0].cpu().numpy() for pair in zip(frames, frames[1:])]
+    return np.stack([picture for both in zip(film, added) for picture in both] + [film[-1]])
 
 
 def smooth_figures(wm: WorldModel, game: str,
@@ -820,10 +826,10 @@ def smooth_figures(wm: WorldModel, game: str,
         film.append(env.step(key))
     film, middle = np.stack(film), np.stack(middle)
     begin = time.perf_counter()
-    between, each = smooth(wm, film)[1::2], (time.perf_counter() - begin) / frames
+    added, each = smooth(wm, film)[1::2], (time.perf_counter() - begin) / frames
     average = (film[:-1].astype(np.uint16) + film[1:]) // 2
-    own, last, mean = (training.mse(shown, middle) for shown in (between, film[:-1], average.astype(np.uint8)))
-    said = f"average of both frames: {evaluation.decibel(mean):.1f} dB; {1000 * each:.1f} ms a picture, tokens included"
+    own, last, mean = (training.mse(shown, middle) for shown in (added, film[:-1], average.astype(np.uint8)))
+    said = f"average of both frames: {evaluation.decibel(mean):.1f} dB; {1000 * each:.1f} ms a picture"
     return [evaluation.figure("between_psnr", evaluation.decibel, own, baseline=evaluation.decibel(last), unit="dB", game=game, seed=seed, source=said)]
 
 # %% ../nbs/14_export.ipynb #exp00081

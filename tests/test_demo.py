@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from lwm_course.course import main
-from lwm_course.demo import BINARY, FRAME, IN_FLIGHT, PING, TEXT, Client, Room, Server, make_app, make_space, take_port, ws_frame
+from lwm_course.demo import BETWEEN, BINARY, FRAME, IN_FLIGHT, PING, TEXT, Client, Room, Server, make_app, make_space, take_port, ws_frame
 from lwm_course.dynamics import WorldModel
+from lwm_course.export import between
 
 PROGRAM = [sys.executable, "-c", "import sys; from lwm_course.course import main; sys.exit(main())"]
 
@@ -148,6 +149,21 @@ def test_same_seed_same_frames(visitor):
     visitor.set("Seed", 8)
     visitor.set("Temperature", 1.5)
     assert not np.array_equal(visitor.steps(24, "ArrowRight"), first)
+
+
+def test_pictures_in_between_come_halfway(visitor):
+    visitor.tab.evaluate("""() => { const lwm = window.lwm, paint = lwm.paint.bind(lwm); window.drawn = [];
+        lwm.paint = (bitmap, frame) => { window.drawn.push([frame.kind, performance.now()]); paint(bitmap, frame); }; }""")
+    visitor.tab.get_by_label("Pictures in between").check()
+    visitor.tab.keyboard.press("ArrowRight")
+    visitor.after(12)
+    visitor.tab.keyboard.press("p")
+    drawn = visitor.tab.evaluate("window.drawn")
+    first = [kind for kind, _ in drawn].index(BETWEEN)
+    pairs = [*zip(drawn[first::2], drawn[first + 1::2])]
+    assert len(pairs) >= 8 and all((a[0], b[0]) == (BETWEEN, FRAME) for a, b in pairs)
+    waits = np.array([b[1] - a[1] for a, b in pairs])
+    assert np.median(waits) >= 30, "a frame came at once after the picture that should be seen before it"      # 1/30 s
 
 
 def test_another_game(visitor, model):
@@ -332,6 +348,31 @@ def test_no_credits_no_frames(demo):
         player.socket.settimeout(30)
         player.send("credit")
         assert player.until(FRAME).number == IN_FLIGHT
+
+
+def test_pictures_in_between(demo, model):
+    "Each is what chapter 14 draws between the two frames beside it; it costs no credit."
+    with Client(demo) as player:
+        player.until("hello")
+        player.send("start", game="ALE/Breakout-v5", smooth=True, paused=True)
+        player.until(FRAME)
+        player.send("credit")
+        player.send("step")
+        added, after = player.until(BETWEEN), player.until(FRAME)
+        assert added.number == after.number == 1 and added.frame.shape == after.frame.shape
+        frames, keys = model.clip("ALE/Breakout-v5")
+        state = model.start(frames[None], keys[None], "ALE/Breakout-v5")
+        frame, _ = model.step(state, [0])
+        wanted = between(model, state.pixels, frame)[0].numpy()
+        assert np.abs(added.frame.astype(int) - wanted).mean() < 2 and np.abs(after.frame.astype(int) - frame[0].numpy()).mean() < 2     # JPEG
+        player.send("set", smooth=False)
+        player.send("credit")
+        player.send("step")
+        kinds = []
+        while FRAME not in kinds: kinds.append(getattr(player.receive(), "kind", None))
+        assert BETWEEN not in kinds
+        player.send("set", smooth="yes")
+        assert "smooth must be true or false" in player.until("error")["message"]
 
 
 def test_pongs_knob_follows_up_and_down(demo, model):

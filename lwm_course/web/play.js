@@ -2,7 +2,7 @@
 // `mount` serves the page (over a WebSocket) and `render` serves Jupyter (over the kernel's messages): one console, two wires.
 
 const HEADER = 24;            // bytes before the picture; written by `pack` in demo.py
-const FRAME = 1, FILE = 2;    // kinds of binary messages
+const FRAME = 1, FILE = 2, BETWEEN = 3;   // kinds of binary messages
 const KEYS = {
   ArrowUp: "UP", ArrowRight: "RIGHT", ArrowLeft: "LEFT", ArrowDown: "DOWN",
   KeyW: "UP", KeyD: "RIGHT", KeyA: "LEFT", KeyS: "DOWN", Space: "FIRE",
@@ -177,6 +177,8 @@ const MARKUP = `
   <label>Record as<select aria-label="Record as" data-set="format">
     <option value="gif">GIF</option><option value="mp4">MP4</option></select></label>
   <label class="lwm-check"><input type="checkbox" data-set="compare"><span>Real emulator beside it</span></label>
+  <label class="lwm-check" title="A picture between every two frames, drawn without the model: twice as smooth, half a frame late">
+    <input type="checkbox" data-set="smooth"><span>Pictures in between</span></label>
   <p class="lwm-why"></p>
 </form>`;
 
@@ -275,7 +277,7 @@ export class Console {
     this.send("start", {
       game: this.controls.game.value, clip: clip === "picture" ? null : Number(clip), seed: Math.trunc(value("seed")) || 0,
       temperature: value("temperature"), refine: value("refine"), speed: value("speed"),
-      compare: this.controls.compare.checked, paused: !playing,
+      compare: this.controls.compare.checked, smooth: this.controls.smooth.checked, paused: !playing,
     });
     this.play(playing);
     if (playing) return;
@@ -290,6 +292,7 @@ export class Console {
     else if (name === "clip") this.start();
     if (name === "seed" || name === "compare") this.start(this.playing);
     if (["temperature", "refine", "speed"].includes(name)) this.send("set", { [name]: Number(this.controls[name].value) });
+    if (name === "smooth") this.send("set", { smooth: this.controls.smooth.checked });
     if (name === "picture" && this.controls.picture.files.length) this.upload(this.controls.picture.files[0]);
   }
 
@@ -377,18 +380,31 @@ export class Console {
   binary(buffer) {
     const view = new DataView(buffer);
     if (view.getUint8(0) === FILE) return this.save(buffer.slice(HEADER));
-    if (view.getUint8(0) !== FRAME) return;
+    if (![FRAME, BETWEEN].includes(view.getUint8(0))) return;
     const frame = {
-      panels: view.getUint8(1), number: view.getUint32(4, true), key: view.getFloat64(8, true),
+      kind: view.getUint8(0), panels: view.getUint8(1), number: view.getUint32(4, true), key: view.getFloat64(8, true),
       model: view.getFloat32(16, true), bytes: buffer.byteLength - HEADER,
     };
     const picture = createImageBitmap(new Blob([buffer.slice(HEADER)], { type: "image/jpeg" }));
     // decoded at once, drawn in order
-    this.drawing = this.drawing.then(() => picture).then((bitmap) => this.draw(bitmap, frame))
+    this.drawing = this.drawing.then(() => picture).then((bitmap) => this.show(bitmap, frame))
       .catch((error) => this.note(`A frame could not be drawn: ${error.message}`, "error"));
   }
 
-  draw(bitmap, frame) {
+  // A picture in between is drawn at once, and its frame half a frame's time after it.
+  async show(bitmap, frame) {
+    if (frame.kind === BETWEEN) {
+      this.paint(bitmap, frame);
+      this.half = performance.now() + 500 / (this.fps * Number(this.controls.speed.value));
+      this.root.dataset.between = frame.number;
+      return;
+    }
+    if (this.half && this.playing) await new Promise((done) => setTimeout(done, this.half - performance.now()));
+    this.half = 0;
+    this.draw(bitmap, frame);
+  }
+
+  paint(bitmap, frame) {
     const side = bitmap.width / frame.panels;
     for (let p = 0; p < frame.panels; p++) {
       const screen = this.screens[p];
@@ -396,6 +412,10 @@ export class Console {
       screen.drawImage(bitmap, p * side, 0, side, bitmap.height, 0, 0, side, bitmap.height);
     }
     bitmap.close();
+  }
+
+  draw(bitmap, frame) {
+    this.paint(bitmap, frame);
     this.send("credit");                               // drawn: the server may send one more
     const now = performance.now();
     this.frame = frame.number;
