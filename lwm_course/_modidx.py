@@ -691,6 +691,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lwm_course.export.smooth': ('export.html#smooth', 'lwm_course/export.py'),
                                    'lwm_course.export.smooth_figures': ('export.html#smooth_figures', 'lwm_course/export.py'),
                                    'lwm_course.export.source_hash': ('export.html#source_hash', 'lwm_course/export.py'),
+                                   'lwm_course.export.turned': ('export.html#turned', 'lwm_course/export.py'),
                                    'lwm_course.export.within': ('export.html#within', 'lwm_course/export.py'),
                                    'lwm_course.export.write_half': ('export.html#write_half', 'lwm_course/export.py'),
                                    'lwm_course.export.write_onnx': ('export.html#write_onnx', 'lwm_course/export.py'),

@@ -121,6 +121,26 @@ def test_a_tie_is_no_difference_but_many_are(wm):
         assert (found.same, found.ties, found.passed) == (10, ties, passed)
 
 
+def test_what_follows_from_a_tie_is_no_difference(wm):
+    "One copy logit on the other side of zero, by less than rounding, and a second token that follows."
+    class Follows(Backend):
+        frames = 0
+        def head(self, state, action, known, guidance=None):
+            out, gate = super().head(state, action, known, guidance)
+            if self.frames < 2: gate[0, 31, 31] = self.gate
+            return out, gate
+        def next_tokens(self, *how):
+            self.frames += 1
+            tokens, by, due = super().next_tokens(*how)
+            if self.frames == 1 and self.follows: tokens[0, 31, 30:] = 1 - tokens[0, 31, 30:].clamp_max(1)
+            return tokens, by, due
+    for gate, passed in ((-1e-6, True), (1e-6, False)):     # on the other side, or not
+        true, backend = Follows(wm, graphs(wm)), Follows(wm, graphs(wm))
+        true.gate, backend.gate, true.follows, backend.follows = 1e-6, gate, False, True
+        found = parity(true, backend, wm.games[0], 10)
+        assert (found.passed, found.ties, found.same) == ((True, 1, 10) if passed else (False, 0, 0))
+
+
 def test_a_first_step_that_is_a_little_off_does_not_pass():
     good = export.Parity("Pong", 5, 5, 9e-5, 9e-6)
     assert good.passed and not any(replace(good, **off).passed for off in (dict(same=4), dict(ties=2), dict(first_gate=2e-4), dict(first_out=2e-5)))
