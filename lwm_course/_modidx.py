@@ -672,6 +672,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lwm_course.export.frame_ms': ('export.html#frame_ms', 'lwm_course/export.py'),
                                    'lwm_course.export.graphs': ('export.html#graphs', 'lwm_course/export.py'),
                                    'lwm_course.export.input_names': ('export.html#input_names', 'lwm_course/export.py'),
+                                   'lwm_course.export.installed': ('export.html#installed', 'lwm_course/export.py'),
                                    'lwm_course.export.key_presses': ('export.html#key_presses', 'lwm_course/export.py'),
                                    'lwm_course.export.load_backend': ('export.html#load_backend', 'lwm_course/export.py'),
                                    'lwm_course.export.load_player': ('export.html#load_player', 'lwm_course/export.py'),

@@ -8,10 +8,10 @@ __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'BACKENDS',
            'Backend', 'Parity', 'within', 'key_presses', 'logits_apart', 'turned', 'parity', 'example', 'answered',
            'input_names', 'write_onnx', 'write_programs', 'Engine', 'OnnxRuntime', 'OnnxInt8', 'OpenVino', 'Inductor',
            'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'parity_of',
-           'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'cached_engines', 'play_by',
-           'between', 'smooth', 'smooth_figures', 'Cost', 'frame_cost', 'peaks', 'roofline_figures', 'compare',
-           'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command', 'exported_model', 'run_export',
-           'by_engine', 'eval_command', 'bench_command', 'run_roofline', 'run_smooth']
+           'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'installed', 'cached_engines',
+           'play_by', 'between', 'smooth', 'smooth_figures', 'Cost', 'frame_cost', 'peaks', 'roofline_figures',
+           'compare', 'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command', 'exported_model',
+           'run_export', 'by_engine', 'eval_command', 'bench_command', 'run_roofline', 'run_smooth']
 
 # %% ../nbs/14_export.ipynb #exp00005
 import contextlib, functools, hashlib, io, json, logging, os, platform, shutil, tempfile, time, warnings
@@ -772,7 +772,12 @@ def load_player(model: str,            # shipped name, folder or Hub id
     return player
 
 # %% ../nbs/14_export.ipynb #use00002
-BACKENDS = {"onnxruntime": "onnx", "openvino": "openvino", "compile": "inductor", "tensorrt": "tensorrt-rtx"}    # name for users -> target
+BACKENDS = {"onnxruntime": ["onnx"], "openvino": ["openvino"], "compile": ["inductor"], "tensorrt": ["tensorrt-rtx", "tensorrt"]}    # name for users -> targets
+
+
+def installed(targets: list[str]) -> list[str]:   # of `TARGETS`
+    "Those whose packages are here."
+    return [target for target in targets if all(map(find_spec, TARGETS[target].packages))]
 
 
 def cached_engines(wm: WorldModel,      # float32, on the CPU
@@ -790,17 +795,18 @@ def cached_engines(wm: WorldModel,      # float32, on the CPU
         export(wm, missing, home, steps=10, games=wm.games[:1])
     return [home / target for target in targets]
 
-
+# %% ../nbs/14_export.ipynb #use00012
 def play_by(wm: WorldModel,
             name: str    # of `BACKENDS` or `TARGETS`; "torch"; "auto": the fastest
             ):
     "What `wm.backend = name` does. ValueError if it is unknown, not for this machine, or plays otherwise than PyTorch; MissingExtra if not installed."
     course.nearest(name, ["torch", "auto", *BACKENDS, *TARGETS], what="backend")
-    itself, said = WorldModel(wm.tokenizer, wm.dynamics, wm.folder).eval(), {target: user for user, target in BACKENDS.items()}
+    itself, said = WorldModel(wm.tokenizer, wm.dynamics, wm.folder).eval(), {target: user for user, targets in BACKENDS.items() for target in targets}
     if name == "torch": player = itself
-    elif name == "auto": player, _ = fastest(itself, cached_engines(wm, [t for t in CPU if all(map(find_spec, TARGETS[t].packages))]))
+    elif name == "auto": player, _ = fastest(itself, cached_engines(wm, installed(CPU)))
     else:
-        player = load_backend(wm, *cached_engines(wm, [BACKENDS.get(name, name)]))
+        wanted = BACKENDS.get(name, [name])
+        player = load_backend(wm, *cached_engines(wm, (installed(wanted) or wanted)[:1]))
         if not (found := parity(itself, player, wm.games[0], 10)).passed: raise ValueError(f"{name} does not play as PyTorch does on this machine: {found}")
     wm.__class__ = type(player)
     for key in ("run", "precision", "name"): vars(wm).pop(key, None)
