@@ -677,6 +677,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lwm_course.export.load_backend': ('export.html#load_backend', 'lwm_course/export.py'),
                                    'lwm_course.export.load_player': ('export.html#load_player', 'lwm_course/export.py'),
                                    'lwm_course.export.logits_apart': ('export.html#logits_apart', 'lwm_course/export.py'),
+                                   'lwm_course.export.manifest_of': ('export.html#manifest_of', 'lwm_course/export.py'),
                                    'lwm_course.export.open_shapes': ('export.html#open_shapes', 'lwm_course/export.py'),
                                    'lwm_course.export.parity': ('export.html#parity', 'lwm_course/export.py'),
                                    'lwm_course.export.parity_of': ('export.html#parity_of', 'lwm_course/export.py'),

@@ -8,10 +8,10 @@ __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'BACKENDS',
            'Backend', 'Parity', 'within', 'key_presses', 'logits_apart', 'turned', 'parity', 'example', 'answered',
            'input_names', 'write_onnx', 'write_programs', 'Engine', 'OnnxRuntime', 'OnnxInt8', 'OpenVino', 'Inductor',
            'write_half', 'open_shapes', 'TensorRT', 'shapes_of', 'checked', 'source_hash', 'file_hash', 'parity_of',
-           'export', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'installed', 'cached_engines',
-           'play_by', 'between', 'smooth', 'smooth_figures', 'Cost', 'frame_cost', 'peaks', 'roofline_figures',
-           'compare', 'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command', 'exported_model',
-           'run_export', 'by_engine', 'eval_command', 'bench_command', 'run_roofline', 'run_smooth']
+           'export', 'manifest_of', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'installed',
+           'cached_engines', 'play_by', 'between', 'smooth', 'smooth_figures', 'Cost', 'frame_cost', 'peaks',
+           'roofline_figures', 'compare', 'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command',
+           'exported_model', 'run_export', 'by_engine', 'eval_command', 'bench_command', 'run_roofline', 'run_smooth']
 
 # %% ../nbs/14_export.ipynb #exp00005
 import contextlib, functools, hashlib, io, json, logging, os, platform, shutil, tempfile, time, warnings
@@ -702,10 +702,10 @@ def _load(wm: WorldModel, folder: Path, manifest: dict) -> Backend:
     return Backend(wm, run, manifest["target"], manifest["precision"])
 
 
-def load_backend(wm: WorldModel,      # that was exported
-                 folder: str | Path   # written by `export`
-                 ) -> Backend:
-    "An exported engine, ready to play, or a clear error before anything runs."
+def manifest_of(wm: WorldModel,      # that was exported
+                folder: str | Path   # written by `export`
+                ) -> dict:
+    "The manifest of an engine's files, when they are whole, of these weights, and for this machine; else ValueError."
     folder, again = Path(folder), "export the model again: lwm export"
     try: manifest = json.loads((folder / "manifest.json").read_text())
     except FileNotFoundError: raise ValueError(f"{folder} has no manifest.json: {again}") from None
@@ -718,7 +718,12 @@ def load_backend(wm: WorldModel,      # that was exported
     for name, want in manifest["files"].items():
         if not (folder / name).exists(): raise ValueError(f"{folder} lacks {name}: {again}")
         if file_hash(folder / name) != want: raise ValueError(f"{folder}/{name} is damaged: {again}")
-    return _load(wm, folder, manifest)
+    return manifest
+
+
+def load_backend(wm: WorldModel, folder: str | Path) -> Backend:   # as above
+    "An exported engine, ready to play, or a clear error before anything runs."
+    return _load(wm, Path(folder), manifest_of(wm, folder))
 
 # %% ../nbs/14_export.ipynb #exp00047
 @dataclass
@@ -788,7 +793,7 @@ def cached_engines(wm: WorldModel,      # float32, on the CPU
     home = cache / "lwm_course" / f"{source_hash(wm)[:16]}-{torch.__version__}"
     for target in targets:
         if TARGETS[target].gpu and not torch.cuda.is_available(): raise ValueError(f"{target} needs an NVIDIA GPU, and there is none here")
-        try: load_backend(wm, home / target)
+        try: manifest_of(wm, home / target)
         except ValueError: missing.append(target)
     if missing:
         print(f"writing {', '.join(missing)} into {home}, once: this takes a minute or two", flush=True)

@@ -396,7 +396,6 @@ export class Console {
     if (frame.kind === BETWEEN) {
       this.paint(bitmap, frame);
       this.half = performance.now() + 500 / (this.fps * Number(this.controls.speed.value));
-      this.root.dataset.between = frame.number;
       return;
     }
     if (this.half && this.playing) await new Promise((done) => setTimeout(done, this.half - performance.now()));
