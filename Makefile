@@ -19,7 +19,7 @@ help: ## list these targets
 demo: $(VENV)/.playable ## play the shipped world model on http://127.0.0.1:7860
 	$(BIN)/lwm demo $(ARGS)
 
-test: $(VENV)/.complete ## the whole test suite
+test: $(VENV)/.complete ## the test suite, but for the tests that take minutes each
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(VENV)/.complete ## the tests that take minutes each

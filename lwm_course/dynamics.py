@@ -52,7 +52,8 @@ def log_probs(model: Dynamics,  # whose vocabulary is asked
 class Recipe:
     "How the dynamics are trained."
     corrupt: float = 0.1        # largest share of moving context tokens that are damaged (the share is drawn per clip)
-    vanish: float = 0.25        # share of clips in which something is out of sight for a while
+    vanish: float = 0.3         # share of clips in which something is out of sight for a while ...
+    linger: float = 0.15        # ... or stays behind as well
     unseen: float = 0.5         # share of clips of which nothing is known from before: no ages
     action_dropout: float = 0.05  # share of clips that do not show the key, for guidance
     masked: float = 0.85        # share of frames of which the head sees nothing of the next one ...
@@ -62,7 +63,7 @@ class Recipe:
     self_every: int = 3         # ... in every so many steps ...
     self_from: int = 300        # ... from this step on ...
     self_deep: int = 4          # ... up to so many frames of them in a row
-    naming: float = 0.5         # weight of the changed tokens' names, beside the gate's
+    naming: float = 0.5         # weight of the changed tokens' origins and names, beside the gate's
     routing: float = 1.0        # weight of the router's loss
 
 # %% ../nbs/07_dynamics.ipynb #45ceb555
@@ -94,8 +95,8 @@ def damaged(model: Dynamics, batch: dict, step: int, recipe: Recipe) -> tuple[Te
         own, some = (tokens, moved), torch.rand(tokens.shape[:2], device=tokens.device)[..., None, None] < recipe.self_share
         for _ in range(1 + step // recipe.self_every % recipe.self_deep): own = own_prediction(model, *own, batch)
         tokens, moved = (torch.where(some, dreamt, real) for dreamt, real in zip(own, (tokens, moved)))
-    if recipe.corrupt or recipe.vanish:
-        seen = corrupt(vanish(tokens, recipe.vanish), recipe.corrupt)
+    if recipe.corrupt or recipe.vanish or recipe.linger:
+        seen = corrupt(vanish(tokens, recipe.vanish, recipe.linger), recipe.corrupt)
         tokens, moved = seen, torch.where(seen == tokens, moved, NEW)
     later = torch.where(moved[:, 1:] == STAYED, NEW, moved[:, 1:])        # what it looks like beside the frame before
     return tokens, torch.cat([moved[:, :1], torch.where(tokens[:, 1:] == tokens[:, :-1], STAYED, later)], 1)
@@ -178,7 +179,7 @@ def dynamics_loss(model: Dynamics,
 class PlayState:
     "What a world model remembers of its players. Opaque to callers; `step` returns a new one and leaves the old one valid."
     memory: Memory            # of the trunk
-    features: Tensor          # (B, P + 1, D) of the last frame
+    features: Tensor          # (B, P + 1, D + group² * detail) of the last frame
     active: Tensor            # bool (B, P + 1), where something may happen
     tokens: Tensor            # (B, h, w) of the last frame
     onward: Tensor            # (B, h, w), by which shift something comes if it goes on
@@ -360,7 +361,7 @@ class _Answers(_Starts):
         return self.dynamics.closer(out[chosen], chosen, *self.seen(state), known)
 
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
-        "The same, guided by the key: asked with it and without, as two players."
+        "As `answer`, guided by the key: asked with it and without, as two players."
         if guidance is None: guidance = self.dynamics.config.guidance
         if guidance == 1: return self.answer(state, action, known)
         answers = self.answer(state.some(lambda part: torch.cat([part, part])), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
@@ -498,13 +499,12 @@ class _Resets(_Plays):
                       frames: Tensor, actions: Tensor  # as for `start`, one row for each player in the mask
                       ) -> PlayState:
         "Start some players of a batch again; the others notice nothing."
-        mask = torch.as_tensor(mask)
-        where = mask.nonzero()[:, 0]
+        where = torch.as_tensor(mask).cpu().nonzero()[:, 0]
         games = [self.games[g] for g in state.game[where].tolist()]
         fresh = self.start(frames, actions, games, state.seeds[where].tolist())
         P = state.features.shape[1]
         rows = (where[:, None] * P + torch.arange(P)).flatten()
-        put = lambda old, new, at: old.clone().index_copy_(0, at, new.to(old.dtype))
+        put = lambda old, new, at: old.clone().index_copy_(0, at.to(old.device), new.to(old.dtype))
         pairs = zip(state.memory.blocks, fresh.memory.blocks)
         blocks = [old and tuple(put(a, b, rows) for a, b in zip(old, new)) for old, new in pairs]
         kept = (put(getattr(state.memory, name), getattr(fresh.memory, name), where) for name in ("recent", "age"))

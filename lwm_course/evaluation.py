@@ -472,7 +472,7 @@ def fd_figures(redraw: Callable,     # real frames uint8 (N, H, W, 3) -> a model
                count: int = 256,     # frames in each crowd
                seed: int = 0
                ) -> list[course.Figure]:
-    "How far a model's frames are, as a crowd, from real ones of training; floor: real held-out frames; ceiling: other games'."
+    "How far a model's frames are, as a crowd, from real ones of training."
     known = training_crowds(str(folder), count, seed)
     others = [known[other] for other in known if other != game]
     apart, describe = functools.partial(frechet, known[game]), game_encoder().describe
@@ -869,7 +869,7 @@ def play_figures(wm: WorldModel,          # or anything with its `start` and `st
                  readers: dict | None = None,  # of `readers_of`; None: no facts
                  known: dict | None = None     # of `clip_crowds`; None: no `fvd_game`
                  ) -> list[course.Figure]:
-    "Rollouts of some seconds: error against copying, what the keys matter (Genie's delta-PSNR), motion, objects, balls, crowds."
+    "Rollouts: PSNR of the five frames up to h, and at h less that with random keys (Genie's delta-PSNR); motion, objects, balls, crowds."
     game, keys = clips[0].episode.game, np.stack([clip.keys(frames) for clip in clips])
     true, last = np.stack([clip.frames(0, frames) for clip in clips]), np.stack([clip.frames(-1, 0) for clip in clips])
     shown = np.stack(list(roll(wm, clips, keys, game)), 1)                              # (B, N, H, W, 3)
@@ -1258,7 +1258,7 @@ def bench_command(parser) -> None:
     parser.add_argument("--game", help="game to play (default: the first)")
     parser.add_argument("--frames", type=int, default=300, help="measured frames, after 50 for warm-up (default: 300)")
     parser.add_argument("--players", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="players per batch (default: 1 2 4 8 16)")
-    parser.add_argument("--soak", type=int, default=0, metavar="STEPS", help="also play so many: does memory grow?")
+    parser.add_argument("--soak", type=int, default=0, metavar="STEPS", help="instead, play so many: does memory grow?")
     parser.add_argument("--play", default="data_samples", help="play from which a tokenizer takes frames (default: data_samples)")
     parser.add_argument("--json", help="write the figures to this file")
     parser.set_defaults(run=run_bench)
@@ -1342,13 +1342,14 @@ def run_bench(args, load: Callable = load_model) -> None:
     own = engine or str(wm.dynamics.masked.dtype).removeprefix("torch.")
     def add(name, value, unit, source): figures.append(course.Figure(name, float(value), unit, 1, source=source, game=game))
     add("load_s", started, "s", "load the model and show the first frame, imports not counted")
-    for kind, players in [(own, p) for p in args.players] + [("float32", 1)] * (not engine and own != "float32"):
+    batches = [(own, p) for p in sorted(args.players)] + [("float32", 1)] * (not engine and own != "float32")
+    for i, (kind, players) in enumerate([] if args.soak else batches):
         if not engine and kind != own: wm.ready(dtype=kind)
         times = latencies(wm, game, args.frames, players=players, seed=args.seed)
         figures += speed_figures(times, players, kind, kind == own, game)
-    add("peak_memory_gb", peak_memory_gb(), "GB", "of the whole process")
+        if not i: add("peak_memory_gb", peak_memory_gb(), "GB", f"of the whole process, players: {players}")
     add("parameters", sum(p.numel() for p in wm.parameters()), "", "tokenizer and dynamics")
     add("state_bytes", wm.start(clip[None], keys[None], game).nbytes, "B", "memory of one player")
-    if args.soak: figures += soak_figures(wm if engine else wm.ready(), game, args.soak, args.seed)
+    if args.soak: figures += soak_figures(wm, game, args.soak, args.seed)
     course.print_figures(figures)
     if args.json: course.save_results(args.json, args.line, figures, args.seed)

@@ -468,7 +468,7 @@ class OnnxInt8(OnnxRuntime):
 
     @staticmethod
     def write(onnx: Path, file: Path) -> None:
-        "Quantize with ONNX Runtime's own tool (chapter 13 checks its grids against ours)."
+        "Quantize with ONNX Runtime's own tool (`tests/test_quantization.py` compares its grids with ours)."
         tool, model = course.require("onnxruntime.quantization", extra="export"), course.require("onnx", extra="export").load(onnx)
         del model.graph.value_info[:]       # the tool works shapes out by itself, and differs with those that the exporter noted
         kept = [node.name for node in model.graph.node for note in node.metadata_props
@@ -808,7 +808,7 @@ def play_by(wm: WorldModel,
     course.nearest(name, ["torch", "auto", *BACKENDS, *TARGETS], what="backend")
     itself, said = WorldModel(wm.tokenizer, wm.dynamics, wm.folder).eval(), {target: user for user, targets in BACKENDS.items() for target in targets}
     if name == "torch": player = itself
-    elif name == "auto": player, _ = fastest(itself, cached_engines(wm, installed(CPU)))
+    elif name == "auto": player, _ = fastest(itself, cached_engines(wm, installed([t for t in CPU if TARGETS[t].precision == "float32"])))
     else:
         wanted = BACKENDS.get(name, [name])
         player = load_backend(wm, *cached_engines(wm, (installed(wanted) or wanted)[:1]))
@@ -850,8 +850,8 @@ def smooth_figures(wm: WorldModel, game: str,
     added, each = smooth(wm, film)[1::2], (time.perf_counter() - begin) / frames
     average = (film[:-1].astype(np.uint16) + film[1:]) // 2
     own, last, mean = (training.mse(shown, middle) for shown in (added, film[:-1], average.astype(np.uint8)))
-    said = f"average of both frames: {evaluation.decibel(mean):.1f} dB; {1000 * each:.1f} ms a picture"
-    return [evaluation.figure("between_psnr", evaluation.decibel, own, baseline=evaluation.decibel(last), unit="dB", game=game, seed=seed, source=said)]
+    return [evaluation.figure(name, evaluation.decibel, rows, baseline=evaluation.decibel(last), unit="dB", game=game, seed=seed, source=said)
+            for name, rows, said in (("between_psnr", own, f"{1000 * each:.1f} ms a picture"), ("between_average_psnr", mean, "average of both frames"))]
 
 # %% ../nbs/14_export.ipynb #exp00081
 @dataclass
@@ -962,8 +962,10 @@ def bench_table(runs: dict[str, dict]  # of `bench_rows`
     "One row for each: start, latency from key to pixels, frames per second, memory."
     columns = {"start, s": "load_s", "p50, ms": "latency_p50_ms", "p95, ms": "latency_p95_ms", "p99, ms": "latency_p99_ms",
                "FPS": "fps", "memory, GB": "peak_memory_gb", "parameters": "parameters"}
-    return course.Table([{"run": name, "arithmetic": run["fps"]["source"].split(",")[0], "instructions": run["machine"]["torch_capability"]} |
-                         {title: run[key]["value"] for title, key in columns.items()} | {"command": run["command"], "date": run["date"][:10]}
+    engine = lambda command: Path(command.split("--engine ")[1].split()[0]).name if "--engine " in command else "torch"
+    return course.Table([{"run": name, "engine": engine(run["command"]), "arithmetic": run["fps"]["source"].split(",")[0],
+                          "instructions": run["machine"]["torch_capability"]} |
+                         {title: float(run[key]["value"]) for title, key in columns.items()} | {"command": run["command"], "date": run["date"][:10]}
                          for name, run in runs.items()])
 
 # %% ../nbs/14_export.ipynb #page0003

@@ -8,7 +8,7 @@ __all__ = ['DRAWN', 'REACH', 'FEW', 'STAYED', 'NEW', 'ANY', 'MOVED', 'LONG', 'sh
            'matches_of', 'unspoilt', 'of_clip', 'batch_of', 'TokenClips', 'previous', 'corrupt', 'vanish']
 
 # %% ../nbs/06b_motion.ipynb #mot00005
-import zipfile, zlib
+import math, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -434,17 +434,24 @@ def corrupt(tokens: Tensor,  # (B, T, h, w)
 
 # %% ../nbs/06b_motion.ipynb #mot00064
 def vanish(tokens: Tensor,  # (B, T, h, w)
-           share: float,    # of the clips, in [0, 1]
-           lasts: int = 5   # frames at most
+           share: float,    # of the clips, in [0, 1]: in so many something is out of sight ...
+           linger: float = 0.0  # ... and in so many it is where it was as well
            ) -> Tensor:     # (B, T, h, w)
-    "Something that moves is out of sight for a while, and all around it as far as it may get: two tokens per frame."
-    seen = tokens.clone()
-    for own, shown in zip(tokens, seen):
+    "Something that moves is lost, or doubled, for a while: as often for one frame or two as for half the clip or all of it."
+    seen, still, chance = tokens.clone(), tokens.mode(1).values, torch.rand(len(tokens)).tolist()
+    around = lambda where: F.max_pool2d(where[None].float(), 5, 1, 2)[0] > 0        # two tokens in a frame is far
+    for own, shown, behind, drawn in zip(tokens, seen, still, chance):
         moves = (own[1:] != own[:-1]).nonzero()
-        if not len(moves) or torch.rand(()) >= share: continue
+        if not len(moves) or drawn >= share + linger: continue
         first, y, x = (moves[torch.randint(len(moves), ())] + torch.tensor([1, 0, 0], device=tokens.device)).tolist()
-        other, last = own[torch.randint(len(own), ())], first + int(torch.randint(1, lasts + 1, ()))
-        for far, frame in enumerate(shown[first:last]):
-            box = tuple(slice(max(at - 2 * far - 1, 0), at + 2 * far + 2) for at in (y, x))
-            frame[box] = other[box]
+        last, there = first + math.ceil(len(own) ** float(torch.rand(()))), torch.zeros_like(behind, dtype=torch.bool)
+        there[y, x] = True
+        if drawn < share:
+            for real, frame in zip(own[first:last], shown[first:last]):
+                reach = around(there)
+                there = found if (found := reach & (real != behind)).any() else reach
+                frame[there] = behind[there]
+        else:
+            there, rest = around(there) & (own[first] != behind), own[first + 1:last]
+            shown[first + 1:last] = torch.where(there & (rest == behind), own[first], rest)
     return seen

@@ -198,7 +198,7 @@ def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Te
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     try:
         out, gate = context.ask(model)
-        context.closer(model, out, gate, gate != SURE)
+        context.closer(model, out, gate, gate != SURE)      # all tokens that are computed
     finally:
         for hook in hooks: hook.remove()
     return {name: x[torch.linspace(0, len(x) - 1, min(most, len(x))).long()].clone() for name, x in seen.items()}
@@ -329,7 +329,7 @@ def pack(module: nn.Module, packed: Callable) -> None:   # packed: name, tensor 
 
 
 def quantize(wm: WorldModel,
-             scheme: Scheme | str = "int8",     # or a name of `SCHEMES`
+             scheme: Scheme | str = "int8",     # or a name of `SCHEMES`: "mixed" and "...-qat" are where `prepare` begins
              context: Context | None = None     # for calibration; None: the model's start clips
              ) -> WorldModel:
     "A copy on the grids of a scheme. Norms, the scan and its state stay floats; what the integers were is in `packed`."
@@ -627,13 +627,13 @@ def measure_schemes(wm: WorldModel,        # in float32
                     names: list[str],      # of `SCHEMES`; float32 is always measured, first
                     out: str | Path,       # a folder for each scheme, ready to play
                     effort: Measure
-                    ) -> list[course.Figure]:   # `source` names the scheme
+                    ) -> tuple[list[course.Figure], dict[str, Scheme]]:   # `source` names the scheme; what each was in the end
     "Size and yardstick of every scheme, read back from its file."
-    names, figures, out = ["float32", *(n for n in names if n != "float32")], [], Path(out)
+    names, figures, schemes, out = ["float32", *(n for n in names if n != "float32")], [], {}, Path(out)
     context = Context.of(wm, frames=effort.context)
     for name in tqdm(names, desc="schemes", unit="scheme"):
-        folder = save_quantized(prepare(wm, name, context, effort), out / name)
-        kind = SCHEMES[name].dtype
+        prepared = prepare(wm, name, context, effort)
+        folder, schemes[name], kind = save_quantized(prepared, out / name), prepared.scheme, SCHEMES[name].dtype
         other = load_quantized(folder, "cpu") if SCHEMES[name].bits else WorldModel.from_pretrained(str(folder), "cpu", kind)
         whole, size = file_bytes(out / "float32"), file_bytes(folder)
         figures += [course.Figure("file", size / 1e6, "MB", baseline=whole / 1e6, source=name),
@@ -641,7 +641,7 @@ def measure_schemes(wm: WorldModel,        # in float32
                     course.Figure("divergence", divergence(wm.dynamics, other.dynamics, context), "nats per frame",
                                   n=context.actions.numel(), ceiling=0.0, source=name)]
         figures += [replace(f, source=name) for f in yardstick(other, effort)]
-    return figures
+    return figures, schemes
 
 # %% ../nbs/13_quantization.ipynb #q13c097
 SHOWN = {"file": "MB", "file_ratio": "of float32", "divergence": "nats per frame", "skill": "skill",
@@ -666,11 +666,11 @@ def run_quantize(args) -> None:
     less = dict(qat_steps=args.qat_steps, horizon=args.horizon)
     if args.quick: less = dict(clips=2, length=12, choices=1, context=3, qat_steps=2, horizon=30, players=1)
     effort = Measure(args.play, games, split=args.split, seed=args.seed, **less)
-    figures = measure_schemes(wm, args.scheme, args.out, effort)
+    figures, schemes = measure_schemes(wm, args.scheme, args.out, effort)
     print(scheme_table([asdict(f) for f in figures]))
     if args.json:
         course.save_results(args.json, args.line, figures, args.seed, model=args.model, split=args.split, quick=args.quick,
-                            schemes={name: asdict(SCHEMES[name]) for name in dict.fromkeys(["float32", *args.scheme])})
+                            schemes={name: asdict(scheme) for name, scheme in schemes.items()})
 
 
 def quantize_command(parser) -> None:

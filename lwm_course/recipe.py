@@ -130,7 +130,7 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
     model.owned.copy_(clips.owned(model.config.codebook))
     held = TokenClips(tokens, list(games), batch=len(games), split="val", seed=config.seed)
     loss = lambda m, batch, step: dynamics_loss(m, batch, step, recipe)
-    plain = replace(recipe, corrupt=0.0, vanish=0.0, action_dropout=0.0, masked=1.0, doubt=0, told=0.0, self_share=0.0)
+    plain = replace(recipe, corrupt=0.0, vanish=0.0, linger=0.0, action_dropout=0.0, masked=1.0, doubt=0, told=0.0, self_share=0.0)
     def valid(m):
         torch.manual_seed(0)
         rows = [dynamics_loss(m, training.to_device(held(i), m.place.device), 0, plain)[1] for i in range(4)]

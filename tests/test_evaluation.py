@@ -468,12 +468,15 @@ def test_without_the_extra_the_report_says_why_there_is_no_film(tmp_path, monkey
 def test_players_are_a_curve_and_a_soak_measures_memory(tmp_path):
     small_world((PONG,)).save_pretrained(tmp_path / "model")
     out = tmp_path / "bench.json"
-    assert course.main(["bench", "--model", str(tmp_path / "model"), "--frames", "12", "--players", "1", "2", "--soak", "30", "--json", str(out)]) == 0
-    figures = {f["name"]: f for f in json.loads(out.read_text())["figures"]}
-    assert {"fps", "fps_players_1", "fps_players_2", "latency_p50_ms", "latency_p95_ms_players_2", "memory_soak_start", "memory_soak_end",
-            "soak_frames", "state_bytes"} <= set(figures)
-    assert figures["fps"]["value"] == figures["fps_players_1"]["value"] and figures["memory_soak_start"]["n"] == 3
+    def bench(*words):
+        assert course.main(["bench", "--model", str(tmp_path / "model"), *words, "--json", str(out)]) == 0
+        return {f["name"]: f for f in json.loads(out.read_text())["figures"]}
+    figures = bench("--frames", "12", "--players", "2", "1")
+    assert {"fps", "fps_players_1", "fps_players_2", "latency_p50_ms", "latency_p95_ms_players_2", "state_bytes"} <= set(figures)
+    assert figures["fps"]["value"] == figures["fps_players_1"]["value"] and figures["peak_memory_gb"]["source"].endswith("players: 1")
     assert figures["fps_players_2"]["interval"][0] <= figures["fps_players_2"]["value"] <= figures["fps_players_2"]["interval"][1]
+    figures = bench("--soak", "30")
+    assert figures["memory_soak_start"]["n"] == 3 and "fps" not in figures and "memory_soak_end" in figures
     assert 0.05 < figures["memory_soak_end"]["value"] < 64 and figures["soak_frames"]["value"] == 30
 
 

@@ -64,7 +64,8 @@ BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.
 def fill_setup(nb, path):
     "Fill the cell marked `# colab-setup`, and put the badge under the title, if the repository's address is known."
     url = settings()["git_url"].strip().rstrip("/")
-    package = "lwm-course[games,notebooks,train]"
+    extra = {"08": ",video", "14": ",export"}.get(path.stem[:2], "")
+    package = f"lwm-course[games,notebooks,train{extra}]"
     setup = SETUP.format(requirement=f"{package} @ git+{url}" if url else package).rstrip()
     marked = [cell for cell in nb.cells if cell.cell_type == "code" and re.match(r"#\|\s*hide\s*\n# colab-setup\b", cell.source)]
     for cell in marked: cell.source = setup

@@ -64,7 +64,7 @@ def main():
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
     figures += speed_figures(np.array(times[10:]), 1, "float32", True, "")
     figures.append(course.Figure("peak_memory_gb", peak_memory_gb(), "GB", 1, source="of the whole process"))
-    figures.append(course.Figure("parameters", sum(p.numel() for p in model.parameters()), "", 1, source="DIAMOND, random weights"))
+    figures.append(course.Figure("parameters", float(sum(p.numel() for p in model.parameters())), "", 1, source="DIAMOND, random weights"))
     course.print_figures(figures)
     course.save_results(args.json, f"python tools/peers.py diamond --frames {args.frames} --json {args.json}", figures, args.seed)
 
