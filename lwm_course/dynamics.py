@@ -361,11 +361,13 @@ class _Answers(_Starts):
         return self.dynamics.closer(out[chosen], chosen, *self.seen(state), known)
 
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
-        "As `answer`, guided by the key: asked with it and without, as two players."
+        "As `answer`, guided by the key (asked with it and without, as two players), and `bold`."
         if guidance is None: guidance = self.dynamics.config.guidance
-        if guidance == 1: return self.answer(state, action, known)
-        answers = self.answer(state.some(lambda part: torch.cat([part, part])), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
-        return tuple(torch.lerp(free, own, guidance) for own, free in (answer.chunk(2) for answer in answers))
+        if guidance == 1: out, gate = self.answer(state, action, known)
+        else:
+            answers = self.answer(state.some(lambda part: torch.cat([part, part])), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
+            out, gate = (torch.lerp(free, own, guidance) for own, free in (answer.chunk(2) for answer in answers))
+        return out, torch.where(gate == SURE, gate, gate - self.dynamics.config.bold)
 
     @torch.inference_mode()
     def logits(self, state: PlayState, action: Tensor) -> Tensor:  # (B, h, w, codebook)

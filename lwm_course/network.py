@@ -53,6 +53,7 @@ class DynamicsConfig:
     most: int = 64          # positions that are computed per frame at most ...
     least: float = 0.02     # ... namely those that change with this probability or more; 0: any
     guidance: float = 1.25  # how much the key counts in play; 1: as it was learned
+    bold: float = 0.25      # by how much a copy logit is lowered in play; 0: as it was learned
     fps: int = 15           # frames per second of play
     def __post_init__(self):
         self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)

@@ -12,7 +12,7 @@ from lwm_course import course, data, dynamics, evaluation, recipe
 from lwm_course.dynamics import (Moment, Recipe, WorldModel, action_response, dynamics_loss, log_probs, next_frame,
                                  own_prediction)
 from lwm_course.motion import FEW, LONG, MOVED, NEW, STAYED, shifts
-from lwm_course.network import Dynamics, DynamicsConfig
+from lwm_course.network import SURE, Dynamics, DynamicsConfig
 from lwm_course.tokenizer import Tokenizer, TokenizerConfig
 from lwm_course.training import MODELS, mse
 
@@ -290,6 +290,22 @@ def test_guidance(world):
     assert any(not torch.equal(a, b) for a, b in zip(ask([0, 1, 3], 1.0), ask([0, 1, 3], 0.0)))
     assert torch.equal(world.step(state, [0, 1, 3], guidance=1.0)[0], world.step(state, [0, 1, 3])[0])
     assert torch.equal(world.step(state, [0, 1, 3], guidance=0.0)[0], world.step(state, [3, 2, 1], guidance=0.0)[0])
+
+
+def test_play_is_bolder_than_what_was_learned(monkeypatch):
+    "Where something is computed a change gets likelier, by the same with any guidance; elsewhere a copy stays certain."
+    world = small_world()
+    state, known, answer = world.start(*play_of(), PONG), torch.full((3, 8, 8), world.dynamics.mask), world.answer
+    def half(*asked):
+        out, gate = answer(*asked)
+        gate[:, :4] = SURE
+        return out, gate
+    monkeypatch.setattr(world, "answer", half)
+    for guidance in (1.0, 1.5):
+        heads = []
+        for world.dynamics.config.bold in (0.0, 1.0): heads.append(world.head(state, torch.tensor([0, 1, 3]), known, guidance))
+        (out, gate), (other, bolder) = heads
+        assert torch.equal(out, other) and torch.allclose(bolder[:, 4:], gate[:, 4:] - 1, atol=1e-5) and (bolder[:, :4] == SURE).all()
 
 
 def test_refinement_settles_changes_pass_by_pass(monkeypatch):
