@@ -369,6 +369,9 @@ class _Answers(_Starts):
             out, gate = (torch.lerp(free, own, guidance) for own, free in (answer.chunk(2) for answer in answers))
         return out, torch.where(gate == SURE, gate, gate - self.dynamics.config.bold)
 
+# %% ../nbs/07_dynamics.ipynb #7e969559
+class _Weighs(_Answers):
+    "How likely each next token is."
     @torch.inference_mode()
     def logits(self, state: PlayState, action: Tensor) -> Tensor:  # (B, h, w, codebook)
         "Log-probabilities of the next frame's tokens, before any refinement. Every shift is tried: it takes a while."
@@ -382,7 +385,7 @@ class _Answers(_Starts):
         return log_probs(self.dynamics, close, gate, state.tokens, state.game, brought.view(*gate.shape, -1), state.onward)
 
 # %% ../nbs/07_dynamics.ipynb #choose01
-class _Chooses(_Answers):
+class _Chooses(_Weighs):
     "Which tokens are taken."
     def pick(self, state: PlayState, close: Tensor, which: Tensor,   # of `closer`, bool (B, h, w), N of them
              temperature: float, u: Tensor           # (B, h, w, 2) chance

@@ -59,8 +59,7 @@ class DynamicsConfig:
         self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)
         if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
     action_names = property(lambda self: sorted({*sum(self.games.values(), ())}), doc="Those of all games: LEFT means the same in each.")
-    side = property(lambda self: self.grid // self.group, doc="Positions of the network per side of a frame; P in all.")
-    positions = property(lambda self: self.side ** 2)
+    side, positions = property(lambda self: self.grid // self.group), property(lambda self: self.side ** 2)     # of the network: per side of a frame; P in all
 
 # %% ../nbs/06c_network.ipynb #13a61772
 _WIDE = dict(group=1, reach=0, temporal_every=4, scan_head=64, attention_heads=16, least=0.0, most=256)    # every position, always
