@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UNITS', 'FASTER', 'BETTER', 'GENRE', 'GATES', 'RANK', 'CHAPTERS', 'MACHINES', 'ALLOWED', 'STOP', 'TAG', 'SOLUTION',
            'PROGRESS_VERSION', 'HOW', 'COMMANDS', 'bootstrap', 'MissingExtra', 'require', 'size', 'pick', 'machine',
-           'Table', 'machine_table', 'slow', 'Figure', 'root', 'home', 'git_revision', 'atomic', 'write_json',
-           'save_results', 'load_results', 'print_figures', 'verdict', 'Gate', 'measured', 'judge', 'kind',
-           'milestone_verdict', 'gate_table', 'gates', 'nearest', 'Chapter', 'find_chapter', 'course_table',
+           'Table', 'plot_style', 'finish', 'machine_table', 'slow', 'Figure', 'root', 'home', 'git_revision', 'atomic',
+           'write_json', 'save_results', 'load_results', 'print_figures', 'verdict', 'Gate', 'measured', 'judge',
+           'kind', 'milestone_verdict', 'gate_table', 'gates', 'nearest', 'Chapter', 'find_chapter', 'course_table',
            'machine_class', 'record_minutes', 'hardware_table', 'Budget', 'ledger_cost', 'load_ledgers', 'budget_rows',
            'read_notebook', 'tagged', 'stub', 'Exercise', 'exercises', 'make_exercise', 'run_cell', 'explain',
            'Outcome', 'check_notebook', 'load_progress', 'record_progress', 'report', 'narrow', 'report_text',
@@ -171,6 +171,23 @@ class Table:
         return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"]*len(head), *body])
 
     __repr__ = __str__
+
+# %% ../nbs/00_start.ipynb #plots001
+def plot_style() -> None:
+    "The look of the course's plots, for matplotlib."
+    plt = require("matplotlib.pyplot", extra="notebooks")
+    colors = plt.cycler(color=["#2a6f97", "#e9a23b", "#c8553d", "#2a9d8f", "#6a4c93"])
+    plt.rcParams.update({"figure.dpi": 72, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": colors,
+                         "legend.frameon": False, "image.interpolation": "nearest", "image.cmap": "magma"})
+
+
+def finish(alt:str, # what there is to see, for those who cannot see it
+          ) -> None:
+    "Display matplotlib's current figure, and close it."
+    plt = require("matplotlib.pyplot", extra="notebooks")
+    plt.gcf().tight_layout(pad=0.4)
+    require("IPython.display", extra="notebooks").display(plt.gcf(), metadata={"image/png": {"alt": alt}})
+    plt.close()
 
 # %% ../nbs/00_start.ipynb #e8e56c22
 def machine_table(found=None, # from `machine`; `None`: look now

@@ -10,7 +10,7 @@ __all__ = ['FPS', 'FRAME_SKIP', 'SCRIPTS', 'PLAYERS', 'KEYS', 'BLANK', 'OBJECTS'
            'episode_path', 'cores', 'run_jobs', 'collect', 'split_of', 'episodes', 'recorded_games', 'clips',
            'blank_frames', 'frozen_frames', 'check_episode', 'validate', 'evenness', 'vendi', 'scenes', 'diversity',
            'Sprite', 'background', 'drawn', 'Number', 'preprocess', 'record', 'read_actions', 'video_frames',
-           'video_rate', 'import_video', 'import_videos', 'samples', 'sample_card', 'bench', 'step_once',
+           'video_rate', 'import_video', 'import_videos', 'samples_of', 'samples', 'sample_card', 'bench', 'step_once',
            'data_command']
 
 # %% ../nbs/01_data.ipynb #f1eb77fa
@@ -870,10 +870,8 @@ def collect(
     for game in games:
         spec_of(game)
     nearest(player, PLAYERS, what="player")
-    if (hours is None) == (episodes is None):
-        raise ValueError("Say how much to collect: either hours, over all games, or episodes, per game.")
-    if max_frames < 2 or not games:
-        raise ValueError("There is nothing to collect: it takes at least one game, and 2 frames per episode.")
+    if (hours is None) == (episodes is None): raise ValueError("Say how much to collect: either hours, over all games, or episodes, per game.")
+    if max_frames < 2 or not games: raise ValueError("There is nothing to collect: it takes at least one game, and 2 frames per episode.")
     count = episodes if hours is None else int(np.ceil(hours * 3600 * FPS / (max_frames * len(games))))
     out = Path(out)
     _remove_leftovers(out)
@@ -1201,11 +1199,9 @@ def preprocess(
     workers: int = 1,                   # processes
 ) -> dict:                              # as of `collect`
     "Episodes with square frames. Run it again to continue."
-    if size not in SIZES:
-        raise ValueError(f"Frames can be {', '.join(map(str, SIZES))} pixels wide, not {size}.")
+    if size not in SIZES: raise ValueError(f"Frames can be {', '.join(map(str, SIZES))} pixels wide, not {size}.")
     paths = episodes(folder, games)
-    if not paths:
-        raise ValueError(f"{folder} has no episodes. Collect some: lwm data collect --out {folder}")
+    if not paths: raise ValueError(f"{folder} has no episodes. Collect some: lwm data collect --out {folder}")
     if Path(out).resolve() == Path(folder).resolve():
         raise ValueError(f"{out} holds the originals; choose another folder for the resized episodes.")
     jobs = [(path, Path(out) / path.parent.name / path.name, size) for path in paths]
@@ -1363,13 +1359,22 @@ SAMPLE_SEEDS = {"train": 1, "val": 12, "test": 0}   # the first seed of each spl
 SAMPLE_FRAMES = 360                                 # 24 seconds
 
 
+def _short_play(games: list[str], out: str | Path) -> Path:
+    for seed in SAMPLE_SEEDS.values(): collect(games, out, episodes=1, workers=1, seed=seed, max_frames=SAMPLE_FRAMES)
+    return Path(out)
+
+
+def samples_of(games: list[str]) -> Path:
+    "The samples' folder. A package has none: these games are recorded then."
+    shipped = root() / "data_samples"
+    return shipped if shipped.exists() else _short_play(games, "data")
+
+
 def samples(
     out: str | Path = "data_samples",   # folder of the episodes and of README.md
 ) -> dict:                              # report of `validate`
     "Make the shipped samples and their data card."
-    for seed in SAMPLE_SEEDS.values():
-        collect(SAMPLES, out, episodes=1, workers=1, seed=seed, max_frames=SAMPLE_FRAMES)
-    report = validate(out)
+    report = validate(_short_play(SAMPLES, out))
     with atomic(Path(out) / "README.md") as temporary:
         temporary.write_text(sample_card(out, report), encoding="utf-8")
     return report

@@ -23,7 +23,6 @@ BEGAN = time.perf_counter() # before the slow imports: `lwm demo` counts its sta
 import asyncio, base64, dataclasses, hashlib, html, io, json, logging, math, os, secrets, shutil, socket, struct, subprocess, sys
 import threading, zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path

@@ -13,16 +13,12 @@ __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'ENCODER_CARD', 'SECOND', 'HORIZONS', '
            'fact_figures', 'object_figures', 'play_figures', 'recordings', 'entropies', 'lately', 'outside',
            'still_for', 'collapse', 'long_play', 'lasting', 'long_figures', 'Effort', 'measure', 'figure_table',
            'beside', 'strip', 'h264', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'eval_world',
-           'load_model', 'run_eval', 'peak_memory_gb', 'memory_gb', 'opening', 'latencies', 'bench_command',
-           'soak_figures', 'speed_figures', 'bench_tokenizer', 'run_bench']
+           'load_model', 'run_eval']
 
 # %% ../nbs/08_evaluation.ipynb #62856aac
 import functools
 import hashlib
-import itertools
 import math
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,8 +32,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import course, data, training
-from .dynamics import Moment, WorldModel, evaluate, held_keys, moments, right_answers, untrained
-from .network import DYNAMICS_SIZES
+from .dynamics import Moment, WorldModel, evaluate, held_keys, moments, right_answers
 from .tokenizer import (BALLS, Tokenizer, changed_psnr, data_hash, patches_changed, perceptual,
                                   perplexity, to_float, token_flicker)
 from .training import find_pretrained, is_tokenizer, mse
@@ -1054,7 +1049,8 @@ def measure(wm: WorldModel,
             split: str = "val",        # "test" is for the final report
             effort: Effort = Effort(),
             seed: int = 0,
-            games: list[str] | None = None  # only these
+            games: list[str] | None = None,  # only these
+            keep: Callable = lambda figures: None   # called after each game with what there is
             ) -> list[course.Figure]:
     "Every figure of a world model and its tokenizer, game by game; those of one step ahead are chapter 07's."
     names, side, tokenizer = [wm.games[wm.game_index(game)] for game in games or wm.games], wm.frame_size[0], wm.tokenizer
@@ -1078,7 +1074,9 @@ def measure(wm: WorldModel,
                 bar.set_postfix_str(f"{game}, {part}")
                 figures += measured(game)
                 bar.update()
-    return sorted(figures, key=lambda f: names.index(f.game))
+            figures.sort(key=lambda f: names.index(f.game))
+            keep(figures)
+    return figures
 
 # %% ../nbs/08_evaluation.ipynb #7102eafb
 def figure_table(figures: list[course.Figure]) -> course.Table:
@@ -1152,11 +1150,11 @@ def eval_command(parser) -> None:
     parser.add_argument("--clips", type=int, help=f"clips per game (default: {normal.clips})")
     parser.add_argument("--frames", type=int, help=f"length of the longest rollout (default: {normal.frames})")
     parser.add_argument("--quick", action="store_true", help="fewer clips, moments and frames: a look, not a measurement")
-    parser.add_argument("--report", metavar="FOLDER", help="also write a page with a table, strips of frames and films")
+    parser.add_argument("--report", metavar="FOLDER", default="out/eval", help="for a page with a table, strips of frames and films (default: out/eval)")
     parser.add_argument("--train-encoder", type=float, metavar="MINUTES",
                         help="instead: train the network of fd_game on the games in --play, into --out")
     parser.add_argument("--out", default="runs/game-encoder", help="folder of that network (default: runs/game-encoder)")
-    parser.add_argument("--json", help="write the figures to this file, for example results/eval.json")
+    parser.add_argument("--json", help="file for the figures, such as results/eval.json; written after each game (default: eval.json beside the page)")
     parser.set_defaults(run=run_eval)
 
 # %% ../nbs/08_evaluation.ipynb #573875af
@@ -1174,20 +1172,19 @@ def eval_tokenizer(args, effort: Effort) -> tuple[list[course.Figure], Callable]
     return figures, picture
 
 
-def eval_world(args, effort: Effort, load: Callable) -> tuple[list[course.Figure], Callable]:
+def eval_world(args, effort: Effort, load: Callable, keep: Callable) -> tuple[list[course.Figure], Callable]:
     "Figures of a world model, and a function game -> strip and films."
     wm = load(args)
     def picture(game):
         [clip] = recordings(game, 1, 300, args.split, args.seed + 2, wm.frame_size[0])
         films = beside(wm, clip)
         return strip(films), films
-    return measure(wm, args.play, args.split, effort, args.seed, args.games), picture
+    return measure(wm, args.play, args.split, effort, args.seed, args.games, keep), picture
 
 # %% ../nbs/08_evaluation.ipynb #cd9fb8f6
 def load_model(args) -> WorldModel:
-    "The model that the options name, or a size with random weights."
-    size = getattr(args, "size", None)      # an option of `lwm bench` alone
-    return untrained(size, args.frame_size).ready() if size else WorldModel.from_pretrained(args.model)
+    "The model that the options name."
+    return WorldModel.from_pretrained(args.model)
 
 
 def run_eval(args, load: Callable = load_model) -> None:
@@ -1202,154 +1199,11 @@ def run_eval(args, load: Callable = load_model) -> None:
         config = training.TrainConfig(minutes=args.train_encoder, lr=2e-3, seed=args.seed, ema=0.99, channels_last=True)
         train_encoder(args.play, args.out, config, args.games)
         return
-    figures, picture = eval_tokenizer(args, effort) if is_tokenizer(args.model) else eval_world(args, effort, load)
+    games_of = lambda figures: list(dict.fromkeys(f.game for f in figures if f.game))
+    def keep(figures, complete=False):
+        file, source = args.json or Path(args.report) / "eval.json", data_hash(args.play, games_of(figures))
+        course.save_results(file, args.line, figures, args.seed, split=args.split, data_hash=source, complete=complete)
+    figures, picture = eval_tokenizer(args, effort) if is_tokenizer(args.model) else eval_world(args, effort, load, keep)
+    keep(figures, complete=True)
     course.print_figures(figures)
-    games = list(dict.fromkeys(f.game for f in figures if f.game))
-    if args.json: course.save_results(args.json, args.line, figures, args.seed, split=args.split, data_hash=data_hash(args.play, games))
-    if args.report: print("report:", write_report(args.report, figures, ((game, *picture(game)) for game in games)))
-
-# %% ../nbs/08_evaluation.ipynb #bab1435d
-def peak_memory_gb() -> float:
-    "The most memory this process has held, GB."
-    import resource, sys
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def memory_gb() -> float:
-    "The memory this process holds now, GB; where the system does not tell (outside Linux), the most it has held."
-    try: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except OSError: return peak_memory_gb()
-
-
-def opening(wm: WorldModel, game: str) -> tuple[np.ndarray, np.ndarray]:  # frames uint8 (T, H, W, 3), actions (T-1,)
-    "The first start clip; two grey frames for a model that has none."
-    if wm.clip_names(game): return wm.clip(game)
-    return np.full((2, *wm.frame_size, 3), 128, np.uint8), np.zeros(1, int)
-
-# %% ../nbs/08_evaluation.ipynb #c3a1f0e5
-def latencies(wm: WorldModel,     # on the device and in the dtype to be measured
-              game: str,          # all players play it
-              frames: int = 300,  # measured
-              warmup: int = 50,   # before them
-              players: int = 1,   # per batch
-              seed: int = 0,      # of the keys
-              refine: int = 1     # passes of the head
-              ) -> np.ndarray:    # milliseconds (frames, 2): until the frame is here, until the next key may come
-    "Key to pixels: from the pressed key to a uint8 frame in this process, decoding included; and the memory, updated while the frame is looked at."
-    clip, keys = opening(wm, game)
-    state = wm.start(np.repeat(clip[None], players, 0), np.repeat(keys[None], players, 0), game, seed)
-    rng, times = np.random.default_rng(seed), []
-    for _ in range(warmup + frames):
-        action = rng.integers(len(wm.actions(game)), size=players)
-        begin = time.perf_counter()
-        frame, after = wm.frame(state, action, refine=refine)
-        frame.cpu().numpy()
-        shown, state = time.perf_counter(), after()
-        times.append([1000 * (shown - begin), 1000 * (time.perf_counter() - begin)])
-    return np.array(times[warmup:])
-
-# %% ../nbs/08_evaluation.ipynb #40bad831
-def bench_command(parser) -> None:
-    "Options of `lwm bench`."
-    parser.add_argument("--model", default="nano", help="shipped name, folder or Hub id, of a world model or of a tokenizer (default: nano)")
-    parser.add_argument("--size", choices=list(DYNAMICS_SIZES), help="instead of a model: this size, with random weights")
-    parser.add_argument("--frame-size", type=int, help="of --size: pixels per side (default: its own)")
-    parser.add_argument("--game", help="game to play (default: the first)")
-    parser.add_argument("--frames", type=int, default=300, help="measured frames, after 50 for warm-up (default: 300)")
-    parser.add_argument("--players", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="players per batch (default: 1 2 4 8 16)")
-    parser.add_argument("--soak", type=int, default=0, metavar="STEPS", help="instead, play so many: does memory grow?")
-    parser.add_argument("--play", default="data_samples", help="play from which a tokenizer takes frames (default: data_samples)")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.set_defaults(run=run_bench)
-
-# %% ../nbs/08_evaluation.ipynb #c3a1f0e1
-def soak_figures(wm: WorldModel,
-                 game: str,
-                 steps: int,   # 100,000 for the record
-                 seed: int = 0 # of the keys
-                 ) -> list[course.Figure]:
-    "Play one game for very long with random keys: the memory that the process holds after a tenth, and at the end."
-    clip, keys = opening(wm, game)
-    state, rng, held = wm.start(clip[None], keys[None], game, seed), np.random.default_rng(seed), {}
-    begin, marks = time.perf_counter(), {max(steps // 10, 1): "memory_soak_start", steps: "memory_soak_end"}
-    for step in tqdm(range(1, steps + 1), desc="soak", unit="frame"):
-        frame, state = wm.step(state, [int(rng.integers(len(wm.actions(game))))])
-        frame.cpu().numpy()
-        if step in marks: held[marks[step]] = memory_gb(), step
-    took = time.perf_counter() - begin
-    return [*(course.Figure(name, gb, "GB", n=step, source=f"of the whole process, after {step} frames", game=game)
-              for name, (gb, step) in held.items()),
-            course.Figure("soak_frames", steps, "frames", n=1, source="one player, random keys, without a crash", game=game),
-            course.Figure("soak_fps", steps / took, "FPS", n=steps, source="one player, all the while", game=game)]
-
-# %% ../nbs/08_evaluation.ipynb #c3a1f0e2
-def speed_figures(times: np.ndarray,  # of all players, from `latencies`
-                  players: int,       # per batch
-                  kind: str,          # dtype
-                  own: bool,          # the dtype that this machine chooses by itself
-                  game: str
-                  ) -> list[course.Figure]:
-    "Latency and frames per second of a batch of players; those of one player in the machine's own dtype have the plain names."
-    figures, said = [], dict(source=f"{kind}, {players} player{'s' * (players > 1)}", game=game)
-    for end in [f"{'' if own else '_' + kind}_players_{players}"] + [""] * (own and players == 1):
-        for q in (50, 95, 99):
-            figures.append(figure(f"latency_p{q}_ms{end}", lambda t: np.percentile(t, q), times[:, 0], unit="ms", **said))
-        figures.append(figure(f"fps{end}", lambda t: 1000 * players / np.mean(t), times[:, 1], unit="FPS", **said))
-    return figures
-
-# %% ../nbs/08_evaluation.ipynb #08f948b0
-def bench_tokenizer(args, tokenizer: Tokenizer) -> list[course.Figure]:
-    "Milliseconds to encode and to decode, one frame and 32 of real play at once, in this machine's own dtype and in float32."
-    play = args.play if data.episodes(args.play) else course.root() / args.play
-    known = [game for game in data.recorded_games(play) if game in tokenizer.config.games] or data.recorded_games(play)
-    frames = data.clips(play, known, 1, tokenizer.frame_size[0], 32, "val", args.seed)["frames"][:, 0]
-    figures, own = [], str(training.dtype("auto", "auto")).removeprefix("torch.")
-    for kind, batch in itertools.product(dict.fromkeys((own, "float32")), (1, 32)):
-        tokenizer.ready(dtype=kind)
-        rounds, times = max(args.frames // batch, 10), {"encode": [], "decode": []}
-        for i in range(rounds + 5):
-            part = np.roll(frames, -i, 0)[:batch]
-            begin = time.perf_counter()
-            tokens = tokenizer.encode(part).cpu()
-            between = time.perf_counter()
-            tokenizer.decode(tokens).cpu()
-            for name, taken in (("encode", between - begin), ("decode", time.perf_counter() - between)): times[name].append(1000 * taken)
-        times = {name: np.array(row[5:]) for name, row in times.items()}
-        label, source = f" {kind}, batch {batch}" * ((kind, batch) != (own, 1)), f"{tokenizer.frame_size[0]} px, {kind}, batch {batch}"
-        for (name, row), q in itertools.product({**times, "both": times["encode"] + times["decode"]}.items(), (50, 95)):
-            figures.append(course.Figure(f"{name}_p{q}_ms{label}", float(np.percentile(row, q)), "ms", rounds, source=source))
-    numbers = sum(t.numel() for t in tokenizer.state_dict().values())
-    return [*figures, course.Figure("parameters", numbers, "", 1), course.Figure("peak_memory_gb", peak_memory_gb(), "GB", 1)]
-
-# %% ../nbs/08_evaluation.ipynb #62df1f1d
-def run_bench(args, load: Callable = load_model) -> None:
-    "`lwm bench`: latency, frames per second and memory, in the machine's dtype and in float32; of an engine in its own."
-    if args.frames < 1 or min(args.players) < 1: raise ValueError("--frames and --players must be at least 1")
-    if args.soak < 0: raise ValueError(f"--soak must not be negative, got {args.soak}")
-    if not args.size and is_tokenizer(args.model):
-        figures = bench_tokenizer(args, Tokenizer.from_pretrained(args.model))
-        course.print_figures(figures)
-        if args.json: course.save_results(args.json, args.line, figures, args.seed)
-        return
-    begin = time.perf_counter()
-    wm = load(args)
-    game = wm.games[0] if args.game is None else wm.games[wm.game_index(args.game)]
-    clip, keys = opening(wm, game)
-    wm.step(wm.start(clip[None], keys[None], game), [0])
-    started = time.perf_counter() - begin
-    figures, engine = [], getattr(wm, "precision", None)
-    own = engine or str(wm.dynamics.masked.dtype).removeprefix("torch.")
-    def add(name, value, unit, source): figures.append(course.Figure(name, float(value), unit, 1, source=source, game=game))
-    add("load_s", started, "s", "load the model and show the first frame, imports not counted")
-    batches = [(own, p) for p in sorted(args.players)] + [("float32", 1)] * (not engine and own != "float32")
-    for i, (kind, players) in enumerate([] if args.soak else batches):
-        if not engine and kind != own: wm.ready(dtype=kind)
-        times = latencies(wm, game, args.frames, players=players, seed=args.seed)
-        figures += speed_figures(times, players, kind, kind == own, game)
-        if not i: add("peak_memory_gb", peak_memory_gb(), "GB", f"of the whole process, players: {players}")
-    add("parameters", sum(p.numel() for p in wm.parameters()), "", "tokenizer and dynamics")
-    add("state_bytes", wm.start(clip[None], keys[None], game).nbytes, "B", "memory of one player")
-    if args.soak: figures += soak_figures(wm, game, args.soak, args.seed)
-    course.print_figures(figures)
-    if args.json: course.save_results(args.json, args.line, figures, args.seed)
+    print("report:", write_report(args.report, figures, ((game, *picture(game)) for game in games_of(figures))))

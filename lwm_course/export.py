@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from . import course, data, evaluation, training
+from . import course, data, evaluation, speed, training
 from .dynamics import PlayState, WorldModel, untrained
-from .evaluation import latencies, opening
 from .motion import STAYED, halfway, older
 from .network import DYNAMICS_SIZES, SURE, Dynamics, Memory
+from .speed import latencies, opening
 from .ssm import Mamba2
 from .tokenizer import patches_changed
 
@@ -330,10 +330,12 @@ def logits_apart(wm: WorldModel, backend: Backend, true: PlayState, own: PlaySta
 
 @torch.inference_mode()
 def turned(wm: WorldModel, backend: Backend, true: PlayState, own: PlayState, action: Tensor) -> bool:
-    "Do the two say otherwise of some token whether it stays?"
-    nothing = torch.full_like(true.tokens, wm.dynamics.mask)
-    gate, other = (model.head(state, action, nothing)[1] for model, state in ((wm, true), (backend, own)))
-    return bool(((gate < 0) != (other < 0)).any())
+    "Do the two say otherwise of some token whether it stays, or is overdue?"
+    nothing, changing = torch.full_like(true.tokens, wm.dynamics.mask), []
+    for model, state in ((wm, true), (backend, own)):
+        gate = model.head(state, action, nothing)[1]
+        changing.append((gate < 0) | model.overdue(gate, state.due))
+    return not torch.equal(*changing)
 
 # %% ../nbs/14_export.ipynb #exp00027
 def parity(wm: WorldModel,       # torch, float32: what is right
@@ -501,7 +503,7 @@ class OpenVino(Engine):
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32",
                    "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         request = OpenVino.core().compile_model(file, "CPU", options).create_infer_request()
-        return lambda tensors: [torch.tensor(x) for x in request.infer([t.numpy() for t in tensors], share_inputs=True).values()]
+        return lambda tensors: [torch.from_numpy(x) for x in request.infer([t.numpy() for t in tensors], share_inputs=True).values()]
 
 # %% ../nbs/14_export.ipynb #induct01
 class Inductor(Engine):
@@ -525,10 +527,9 @@ class Inductor(Engine):
 
     @staticmethod
     def load(file: Path) -> Callable:   # tensors -> tensors
-        "A library that uses as many threads as torch has."
+        "A library that uses as many threads as torch has; it keeps the list of tensors that it is given."
         import torch._inductor
-        compiled = torch._inductor.aoti_load_package(str(file))
-        return lambda tensors: list(compiled(*tensors))
+        return torch._inductor.aoti_load_package(str(file)).loader.boxed_run    # a call of the package itself parses its signature each time
 
 # %% ../nbs/14_export.ipynb #exp00071
 def write_half(onnx: Path) -> Path:
@@ -808,7 +809,9 @@ def play_by(wm: WorldModel,
     course.nearest(name, ["torch", "auto", *BACKENDS, *TARGETS], what="backend")
     itself, said = WorldModel(wm.tokenizer, wm.dynamics, wm.folder).eval(), {target: user for user, targets in BACKENDS.items() for target in targets}
     if name == "torch": player = itself
-    elif name == "auto": player, _ = fastest(itself, cached_engines(wm, installed([t for t in CPU if TARGETS[t].precision == "float32"])))
+    elif name == "auto":
+        player, trials = fastest(itself, cached_engines(wm, installed([t for t in CPU if TARGETS[t].precision == "float32"])))
+        print(course.Table(map(asdict, trials)))
     else:
         wanted = BACKENDS.get(name, [name])
         player = load_backend(wm, *cached_engines(wm, (installed(wanted) or wanted)[:1]))
@@ -1033,10 +1036,10 @@ def run_export(args) -> int:
 
 # %% ../nbs/14_export.ipynb #exp00061
 def by_engine(parser,
-              command: Callable,   # adds the options of chapter 08
+              command: Callable,   # adds the options of chapter 08, or of 08b
               run: Callable        # does what they ask: (args, load)
               ) -> None:
-    "A command of chapter 08, and an engine for it."
+    "Such a command, and an engine for it."
     command(parser)
     parser.add_argument("--engine", metavar="FOLDER", help="play by this engine, which `lwm export` wrote of the same model")
     parser.set_defaults(run=lambda args: run(args, lambda args: load_backend(exported_model(args), args.engine)) if args.engine else run(args))
@@ -1049,7 +1052,7 @@ def eval_command(parser) -> None:
 # %% ../nbs/14_export.ipynb #exp00091
 def bench_command(parser) -> None:
     "Options of `lwm bench`."
-    by_engine(parser, evaluation.bench_command, evaluation.run_bench)
+    by_engine(parser, speed.bench_command, speed.run_bench)
     parser.add_argument("--roofline", action="store_true", help="instead: a frame's cost, this machine's peaks, projections for cards")
     parser.add_argument("--smooth", action="store_true", help="instead: pictures between two frames, beside the emulator's")
     parser.add_argument("--compare", metavar="FILE", nargs=2, help="instead: print two results files side by side")

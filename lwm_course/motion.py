@@ -437,14 +437,14 @@ def vanish(tokens: Tensor,  # (B, T, h, w)
            share: float,    # of the clips, in [0, 1]: in so many something is out of sight ...
            linger: float = 0.0  # ... and in so many it is where it was as well
            ) -> Tensor:     # (B, T, h, w)
-    "Something that moves is lost, or doubled, for a while: as often for one frame or two as for half the clip or all of it."
+    "Something that moves is lost, or doubled, for a while, at most for the rest of the clip."
     seen, still, chance = tokens.clone(), tokens.mode(1).values, torch.rand(len(tokens)).tolist()
     around = lambda where: F.max_pool2d(where[None].float(), 5, 1, 2)[0] > 0        # two tokens in a frame is far
     for own, shown, behind, drawn in zip(tokens, seen, still, chance):
         moves = (own[1:] != own[:-1]).nonzero()
         if not len(moves) or drawn >= share + linger: continue
         first, y, x = (moves[torch.randint(len(moves), ())] + torch.tensor([1, 0, 0], device=tokens.device)).tolist()
-        last, there = first + math.ceil(len(own) ** float(torch.rand(()))), torch.zeros_like(behind, dtype=torch.bool)
+        last, there = first + math.ceil(len(own) * float(torch.rand(()))), torch.zeros_like(behind, dtype=torch.bool)
         there[y, x] = True
         if drawn < share:
             for real, frame in zip(own[first:last], shown[first:last]):

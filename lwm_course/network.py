@@ -25,9 +25,21 @@ from .tokenizer import Tokenizer
 NANO_GAMES = ["ALE/Pong-v5", "ALE/Breakout-v5", "ALE/Freeway-v5", "ALE/MsPacman-v5", "ALE/Kangaroo-v5", "ALE/Tetris-v5",
               "ALE/SpaceInvaders-v5", "ALE/Boxing-v5"]
 
+# %% ../nbs/06c_network.ipynb #derived1
+class _Derived:
+    "What follows from a configuration."
+    @property
+    def side(self) -> int: return self.grid // self.group           # positions of the network, per side of a frame
+    @property
+    def positions(self) -> int: return self.side ** 2               # P, of them all
+    @property
+    def coarse(self) -> int: return min(self.side, 8)               # per side of a frame that is taken in at a glance
+    @property
+    def action_names(self) -> list[str]: return sorted({*sum(self.games.values(), ())})    # of all games: LEFT means the same in each
+
 # %% ../nbs/06c_network.ipynb #1a38d1b5
 @dataclass
-class DynamicsConfig:
+class DynamicsConfig(_Derived):
     "Everything needed to build the dynamics network."
     games: dict[str, tuple[str, ...]] = field(default_factory=dict)  # game -> names of its actions; index 0 is NOOP
     grid: int = 32          # tokens per side of a frame
@@ -58,8 +70,6 @@ class DynamicsConfig:
     def __post_init__(self):
         self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)
         if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
-    action_names = property(lambda self: sorted({*sum(self.games.values(), ())}), doc="Those of all games: LEFT means the same in each.")
-    side, positions = property(lambda self: self.grid // self.group), property(lambda self: self.side ** 2)     # of the network: per side of a frame; P in all
 
 # %% ../nbs/06c_network.ipynb #13a61772
 _WIDE = dict(group=1, reach=0, temporal_every=4, scan_head=64, attention_heads=16, least=0.0, most=256)    # every position, always
@@ -376,26 +386,29 @@ class Router(nn.Module):
                  side: int,               # positions per side of a frame
                  games: int, actions: int,  # how many there are
                  past: int,               # A, channels of an age
+                 coarse: int,             # ages per side of the whole frame
                  width: int = 32          # channels
                  ):
         super().__init__()
         self.enter = nn.Conv2d(tokens + 4, width, 3, padding=1)
         self.inner, self.leave = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, 1, 1)
         self.game, self.act = nn.Embedding(games, width), nn.Embedding(actions + 1, width)
-        self.past, self.overview = nn.Conv2d(past, width, 3, padding=1), nn.Linear(past * min(side, 8) ** 2, width)
+        self.past, self.overview = nn.Conv2d(past, width, 3, padding=1), nn.Linear(past * coarse ** 2, width)
+        self.recall = nn.Sequential(nn.Linear(past * coarse ** 2 + width, 4 * width), nn.SiLU(), nn.Linear(4 * width, side ** 2))
         self.place = nn.Parameter(torch.zeros(games, side, side))      # where it often does
 
     def forward(self, look: Tensor,       # (F, E, side, side), each position's mean token
                 changed: Tensor,          # (F, 4, side, side), where tokens changed, in shares
                 past: Tensor,             # (F, A, side, side), of ages
-                overview: Tensor,         # (F, A * min(side, 8)²), the same, of the whole frame
+                overview: Tensor,         # (F, A * coarse²), the same, of the whole frame
                 game: Tensor, act: Tensor # (F,) each
                 ) -> Tensor:              # (F, P) logits
-        whole = self.game(game) + self.act(act) + self.overview(overview)
+        setting = self.game(game) + self.act(act)
+        whole = setting + self.overview(overview)
         x = self.enter(torch.cat([look, 4 * changed], 1)) + self.past(past) + whole[..., None, None]
         x = F.silu(x)
         x = F.silu(x + self.inner(x))
-        return (self.leave(x)[:, 0] + self.place[game]).flatten(1)
+        return (self.leave(x)[:, 0] + self.place[game]).flatten(1) + self.recall(torch.cat([overview, setting], 1))
 
 # %% ../nbs/06c_network.ipynb #look0001
 SURE = 20.0     # copy logit where nothing happens
@@ -420,8 +433,8 @@ class _Routes(_Inputs):
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         self.age = nn.Embedding(2 * LONG, config.past)
-        self.router = Router(config.token_width, config.side, len(config.games), len(config.action_names), config.past)
-        for part in (self.router.past, self.router.overview):
+        self.router = Router(config.token_width, config.side, len(config.games), len(config.action_names), config.past, config.coarse)
+        for part in (self.router.past, self.router.overview, self.router.recall[-1]):
             for weight in part.parameters(): nn.init.zeros_(weight)
 
     def changes(self, film: Tensor,    # (B, 3 + T, h, w), tokens of T frames and of the three before
@@ -433,10 +446,10 @@ class _Routes(_Inputs):
         return torch.stack([*(changed[:, 2 - i:2 - i + T] for i in range(3)), share(onward != STAYED)], 2)
 
     def past(self, age: Tensor   # (F, P)
-             ) -> tuple[Tensor, Tensor]:   # (F, A, side, side), and of the whole frame (F, A * min(side, 8)²)
+             ) -> tuple[Tensor, Tensor]:   # (F, A, side, side), and of the whole frame (F, A * coarse²)
         "What ages mean."
         past = self.age(age).transpose(1, 2).unflatten(2, (self.config.side,) * 2)
-        return past, F.adaptive_avg_pool2d(past, min(self.config.side, 8)).flatten(1)
+        return past, F.adaptive_avg_pool2d(past, self.config.coarse).flatten(1)
 
     def active(self, route: Tensor,     # (B, T, P) logits of the router
                changed: Tensor          # (B, T, P) share of tokens that just changed
@@ -457,7 +470,7 @@ class _Begins(_Routes):
         super().__init__(config, codes)
         self.trunk = nn.ModuleList([Block(config, i % config.temporal_every == 0) for i in range(config.depth)])
         self.trunk_offsets = Offsets(config.depth, config.attention_heads, config.side)
-        self.enter_age, self.enter_ages = (nn.Linear(config.past * n ** 2, config.width) for n in (1, min(config.side, 8)))
+        self.enter_age, self.enter_ages = (nn.Linear(config.past * n ** 2, config.width) for n in (1, config.coarse))
         for weight in (*self.enter_age.parameters(), *self.enter_ages.parameters()): nn.init.zeros_(weight)
 
     def beginning(self, tokens: Tensor,  # (B, T, h, w)

@@ -6,9 +6,10 @@
 __all__ = ['MODELS', 'FREE', 'device', 'dtype', 'psnr', 'ssim', 'interval', 'Summary', 'to_float', 'to_uint8', 'changed_mask',
            'changed_pixels', 'mse', 'changed_psnr', 'check_frames', 'check_tokens', 'TrainConfig', 'schedule',
            'orthogonal', 'Muon', 'make_optimizer', 'EMA', 'step_seed', 'to_device', 'shard', 'batches', 'save_model',
-           'load_model', 'load_into', 'find_pretrained', 'is_tokenizer', 'push_folder', 'save_checkpoint',
-           'load_checkpoint', 'Workers', 'Run', 'Diverged', 'advance', 'save', 'restore', 'data_hash', 'write_ledger',
-           'write_plain_ledger', 'plot_history', 'Progress', 'interruptible', 'validate', 'fit']
+           'load_config', 'load_model', 'load_into', 'find_pretrained', 'is_tokenizer', 'push_folder',
+           'save_checkpoint', 'load_checkpoint', 'Workers', 'Run', 'Diverged', 'advance', 'save', 'restore',
+           'data_hash', 'write_ledger', 'write_plain_ledger', 'plot_history', 'Progress', 'interruptible', 'validate',
+           'fit']
 
 # %% ../nbs/02_training.ipynb #e1016d73
 import contextlib, hashlib, io, itertools, json, math, os, signal, sys, tempfile, threading, time
@@ -416,13 +417,15 @@ def save_model(folder: str | Path,               # made when missing
     return folder
 
 
-def load_model(folder: str | Path  # written by `save_model`
-               ) -> tuple[dict, dict]:
+def load_config(folder: str | Path) -> dict:   # written by `save_model`
+    "The configuration of a saved model."
+    return _read(Path(folder) / "config.json", _read_json, f"save or download the model in {folder} again")
+
+
+def load_model(folder: str | Path) -> tuple[dict, dict]:   # as above
     "The weights and the configuration of a saved model: `(state dict, config)`."
-    folder = Path(folder)
-    remedy = f"save or download the model in {folder} again"
-    config = _read(folder / "config.json", _read_json, remedy)
-    return _read(folder / "model.safetensors", load_file, remedy), config
+    config = load_config(folder)
+    return _read(Path(folder) / "model.safetensors", load_file, f"save or download the model in {folder} again"), config
 
 # %% ../nbs/02_training.ipynb #e3697ac9
 def load_into(folder: str | Path,             # written by `save_model`

@@ -20,7 +20,7 @@ from lwm_course import data
 from lwm_course.course import main
 from lwm_course.data import (Chance, Environment, Episode, Person, StickyRandom, check_episode, clips, collect, digest, diversity,
                              episode_path, episodes, games, import_videos, play, player_of, preprocess, read_episode, record, resize,
-                             sample_card, samples, slug, split_of, to_palette, validate, write_episode)
+                             sample_card, samples, samples_of, slug, split_of, to_palette, validate, write_episode)
 
 pytest.importorskip("ale_py", reason="needs the games extra")
 ROOT = Path(__file__).resolve().parent.parent
@@ -627,6 +627,18 @@ def test_a_sample_is_made_again_bit_for_bit(tmp_path, game):
     fresh, shipped = (read_episode(episode_path(folder, game, seed, "mixed")) for folder in (tmp_path, SAMPLES))
     if fresh.versions["ale-py"] != shipped.versions["ale-py"]: pytest.skip("another version of the emulator")
     assert digest(fresh) == digest(shipped) and (fresh.frames == shipped.frames).all()
+
+
+def test_without_samples_some_are_recorded_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "root", lambda: tmp_path)     # as of an installed package
+    monkeypatch.setattr(data, "SAMPLE_FRAMES", 8)
+    found = episodes(samples_of([PONG]), [PONG])
+    assert sorted(split_of(int(path.stem.split("-")[0])) for path in found) == ["test", "train", "val"]
+    made = [path.stat().st_mtime_ns for path in found]
+    assert [path.stat().st_mtime_ns for path in episodes(samples_of([PONG]), [PONG])] == made
+    monkeypatch.undo()
+    assert samples_of([PONG]) == SAMPLES
 
 
 # The command

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lwm_course import course, data, dynamics, evaluation, recipe
+from lwm_course import course, data, dynamics, recipe, speed
 from lwm_course.dynamics import (Moment, Recipe, WorldModel, action_response, dynamics_loss, log_probs, next_frame,
                                  own_prediction)
 from lwm_course.motion import FEW, LONG, MOVED, NEW, STAYED, shifts
@@ -384,25 +384,50 @@ def test_one_ball_in_several_passes_none_in_one(monkeypatch):
     assert known == [[0, 0], [62, 62], [63, 63]]                        # what is sure, and the surer half of the rest; then all is sure
 
 
-def test_what_is_unlikely_in_every_frame_happens_at_the_median_of_its_time(monkeypatch):
-    "A change of .2 a frame comes in the fourth, what goes along with it; one of .05 is not counted on."
+def test_what_is_unlikely_in_every_frame_happens_once_the_chances_amount_to_one(monkeypatch):
+    "A change of .2 a frame comes in the sixth, with what goes along with it; one of .005 is not waited for; the other player has only that."
     world, serve, along, rare = small_world(), 18, 54, 41
     torch.nn.init.normal_(world.dynamics.closeup.answer.weight)
     def gates(known):
         gate = torch.full(known.shape, 20.0).flatten(1)
-        gate[:1, serve], gate[:, rare] = math.log(4), math.log(19)                    # for the first player alone
+        gate[:1, serve], gate[:, rare] = math.log(4), math.log(199)                   # for the first player alone
         gate[:, along] = torch.where(known.flatten(1)[:, serve] == world.dynamics.mask, 20.0, -20.0)
         return gate.view(known.shape)
     frames, keys = play_of(2)
     state, found = world.start(frames, keys, PONG), []
     asked = by_gates(world, monkeypatch, gates)
-    for _ in range(5):
+    for _ in range(7):
         tokens, by, due = world.next_tokens(state, torch.tensor([1, 2]))
         found.append(((tokens != state.tokens) | (by >= 0)).flatten(1).sum(0).nonzero()[:, 0].tolist())
         state = replace(state, due=due)
-    assert [part for part in found if part] == [[serve, along]] and found[3] and [len(known) for known in asked] == [2, 2, 2, 2, 1, 2]
-    assert (due.flatten(1)[:, serve] < 0.3).all() and (due.flatten(1)[:, rare] > 0.2).all()        # the one clock began anew, the other goes on
+    assert [part for part in found if part] == [[serve, along]] and found[5] and [len(known) for known in asked] == [2, 2, 2, 2, 2, 2, 1, 2]
+    assert (due.flatten(1)[:, serve] < 0.3).all() and due.flatten(1)[0, rare] < 0.011 and due.flatten(1)[1, rare] > 0.02    # that clock began anew, the other player's goes on
     assert torch.equal(world.start(frames, keys, PONG).due, torch.zeros(2, 8, 8))
+
+
+def test_what_may_be_in_many_places_comes_to_the_likeliest():
+    gate = torch.full((2, 8, 8), 20.0)
+    gate[0, 3], gate[0, 3, 5] = math.log(30), math.log(20)       # eight places, one of them likelier
+    gate[1, 0, 0] = math.log(4)
+    due, late = torch.zeros_like(gate), []
+    for _ in range(4):
+        due = due + torch.nn.functional.softplus(-gate)
+        late.append(WorldModel.overdue(gate, due))
+    assert not torch.stack(late[:3]).any() and late[3].nonzero().tolist() == [[0, 3, 5]]        # 4 (7 / 31 + 1 / 21) > 1, and 4 / 5 is not
+    assert not WorldModel.overdue(-gate, 9 * due).any()                                         # what changes anyway is not overdue
+    assert WorldModel.overdue(gate.fill_(1.0), due.fill_(1.0)).sum() == 2                       # of equals, one
+
+
+def test_a_lost_thing_that_may_be_in_many_places_comes_once_not_again_and_again(monkeypatch):
+    world = small_world()
+    frames, keys = play_of(1)
+    state, found = world.start(frames, keys, PONG), []
+    by_gates(world, monkeypatch, lambda known: torch.full(known.shape, math.log(79)))           # 64 places: .8 of a change per frame
+    for _ in range(9):
+        _, _, due = world.next_tokens(state, torch.tensor([1]))
+        found.append(round(float(due.sum()), 1))
+        state = replace(state, due=due)
+    assert found == 3 * [0.8, 1.6, 0.0]
 
 
 def test_where_nothing_is_in_doubt_one_pass_is_enough(monkeypatch):
@@ -613,7 +638,7 @@ def test_commands_name_the_damaged_model(world, tmp_path, capsys):
 
 
 def test_every_command_has_its_options():
-    for command in (recipe.train_command, evaluation.bench_command):
+    for command in (recipe.train_command, speed.bench_command):
         parser = argparse.ArgumentParser()
         command(parser)
         assert callable(parser.get_default("run")) and "--json" in parser.format_help()

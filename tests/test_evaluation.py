@@ -18,6 +18,7 @@ from lwm_course.evaluation import (CONTEXT, WHERE, Copier, Deaf, GameEncoder, Re
                                    frechet, twins, lately, long_figures, motion, own_colour, play_figures, presence, readers_of,
                                    recall, recordings, response_figures, roll, save_film, seconds, share, spells, stretches, strip,
                                    targets, train_encoder, where_drawn, write_report)
+from lwm_course.speed import joules
 from lwm_course.tokenizer import Tokenizer, TokenizerConfig, place_dictionary
 from lwm_course.training import TrainConfig
 
@@ -475,9 +476,21 @@ def test_players_are_a_curve_and_a_soak_measures_memory(tmp_path):
     assert {"fps", "fps_players_1", "fps_players_2", "latency_p50_ms", "latency_p95_ms_players_2", "state_bytes"} <= set(figures)
     assert figures["fps"]["value"] == figures["fps_players_1"]["value"] and figures["peak_memory_gb"]["source"].endswith("players: 1")
     assert figures["fps_players_2"]["interval"][0] <= figures["fps_players_2"]["value"] <= figures["fps_players_2"]["interval"][1]
+    figures = bench("--frames", "5", "--players", "1", "--refine", "2")
+    assert figures["fps"]["source"].endswith(", 2 passes")
     figures = bench("--soak", "30")
     assert figures["memory_soak_start"]["n"] == 3 and "fps" not in figures and "memory_soak_end" in figures
     assert 0.05 < figures["memory_soak_end"]["value"] < 64 and figures["soak_frames"]["value"] == 30
+
+
+def test_joules_are_those_of_all_processors_or_none(tmp_path):
+    assert joules(tmp_path) is None
+    for name, energy in (("intel-rapl:0", "2000000\n"), ("intel-rapl:1", "500000\n"), ("intel-rapl:0:0", "9\n")):    # the last is a part of the first
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(energy)
+    assert joules(tmp_path) == 2.5
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()      # as where only root may read it
+    assert joules(tmp_path) is None
 
 
 # The command
@@ -498,13 +511,16 @@ def test_the_command_refuses_in_one_line(arguments, code, words, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_measures_and_reports(tmp_path, capsys):
+def test_the_command_measures_and_reports(tmp_path, capsys, monkeypatch):
     small_world().save_pretrained(tmp_path / "model")
-    out = tmp_path / "eval.json"
+    monkeypatch.chdir(tmp_path)
+    out, kept = tmp_path / "out" / "eval" / "eval.json", []       # unless asked otherwise
+    save = course.save_results
+    monkeypatch.setattr(course, "save_results", lambda *given, **more: kept.append(more["complete"]) or save(*given, **more))
     few = tmp_path / "play"         # two games, or the crowds of sixteen would be described
     for game in (PONG, TETRIS): shutil.copytree(SAMPLES / data.slug(game), few / data.slug(game))
     arguments = [str(tmp_path / "model"), "--play", str(few), "--games", PONG, "--quick", "--clips", "2", "--frames", "20"]
-    assert course.main(["eval", *arguments, "--json", str(out), "--report", str(tmp_path / "page")]) == 0
+    assert course.main(["eval", *arguments]) == 0 and kept == [False, True]      # what there was after a game, and all of it
     figures = json.loads(out.read_text())["figures"]
     names = [f["name"] for f in figures]
     assert len(set(names)) == len(names)
@@ -515,9 +531,9 @@ def test_the_command_measures_and_reports(tmp_path, capsys):
     compared = "skill", "fd_game", "fvd_game", "rollout", "objects", "one_ball", "fact", "frames_to", "noop_frames", "motion", "delta"
     for f in figures:
         if f["name"].startswith(compared): assert f["baseline"] is not None, f["name"]
-    page = (tmp_path / "page" / "report.md").read_text()
-    assert "ALE-Pong-v5.png" in page and (tmp_path / "page" / "ALE-Pong-v5.png").stat().st_size > 1000
-    assert "ALE-Pong-v5.mp4" in page and data.video_rate(tmp_path / "page" / "ALE-Pong-v5.mp4") == (300, 15)
+    page = (out.parent / "report.md").read_text()
+    assert "ALE-Pong-v5.png" in page and (out.parent / "ALE-Pong-v5.png").stat().st_size > 1000
+    assert "ALE-Pong-v5.mp4" in page and data.video_rate(out.parent / "ALE-Pong-v5.mp4") == (300, 15)
     assert "motion_ratio" in capsys.readouterr().out
 
 

@@ -390,10 +390,10 @@ def test_one_line_changes_the_engine(small, folders, tmp_path, monkeypatch, caps
     finally: small.__class__ = WorldModel
 
 
-@pytest.mark.parametrize("command, run", [(export.eval_command, "run_eval"), (export.bench_command, "run_bench")])
-def test_yardstick_and_benchmark_take_an_engine(small, folders, tmp_path, monkeypatch, command, run):
+@pytest.mark.parametrize("command, chapter, run", [(export.eval_command, export.evaluation, "run_eval"), (export.bench_command, export.speed, "run_bench")])
+def test_yardstick_and_benchmark_take_an_engine(small, folders, tmp_path, monkeypatch, command, chapter, run):
     given = []
-    monkeypatch.setattr(export.evaluation, run, lambda args, load=None: given.append(load and load(args)))
+    monkeypatch.setattr(chapter, run, lambda args, load=None: given.append(load and load(args)))
     small.save_pretrained(tmp_path/"small")
     def call(*options):
         parser = argparse.ArgumentParser()

@@ -53,7 +53,7 @@ def write(nb, path):
 
 SETUP = """\
 #| hide
-# colab-setup
+# colab-setup{mark}
 import sys
 if "google.colab" in sys.modules:
     %pip install -q "{requirement}"
@@ -62,13 +62,13 @@ BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.
 
 
 def fill_setup(nb, path):
-    "Fill the cell marked `# colab-setup`, and put the badge under the title, if the repository's address is known."
+    "Fill the cell marked `# colab-setup`, or `# colab-setup: EXTRA` for one more extra, and put the badge under the title, if the repository's address is known."
     url = settings()["git_url"].strip().rstrip("/")
-    extra = {"08": ",video", "14": ",export"}.get(path.stem[:2], "")
-    package = f"lwm-course[games,notebooks,train{extra}]"
-    setup = SETUP.format(requirement=f"{package} @ git+{url}" if url else package).rstrip()
-    marked = [cell for cell in nb.cells if cell.cell_type == "code" and re.match(r"#\|\s*hide\s*\n# colab-setup\b", cell.source)]
-    for cell in marked: cell.source = setup
+    marker = re.compile(r"#\|\s*hide\s*\n# colab-setup(?:: (\w+))?(?:\n|$)")
+    marked = [(cell, found[1]) for cell in nb.cells if cell.cell_type == "code" and (found := marker.match(cell.source))]
+    for cell, extra in marked:
+        package = f"lwm-course[{','.join(filter(None, ['games', 'notebooks', 'train', extra]))}]"
+        cell.source = SETUP.format(mark=f": {extra}" if extra else "", requirement=f"{package} @ git+{url}" if url else package).rstrip()
     title = nb.cells[0]
     if not marked or title.cell_type != "markdown": return
     lines = [line for line in title.source.splitlines() if not line.startswith(BADGE)]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lwm_course import course
-from lwm_course.evaluation import peak_memory_gb, speed_figures
+from lwm_course.speed import peak_memory_gb, speed_figures
 
 
 def diamond(checkout: Path):
