@@ -82,7 +82,7 @@ def close(a, b):
 def test_every_weight_learns_and_config_survives_json():
     torch.manual_seed(0)
     net = Dynamics(small())
-    for part in (net.closeup.answer.weight, *net.enter_age.parameters()): torch.nn.init.normal_(part)         # at zero, what is behind it does not learn in the first step
+    for part in (net.closeup.answer.weight, net.router.recall[-1].weight, *net.enter_age.parameters()): torch.nn.init.normal_(part)         # at zero, what is behind it does not learn in the first step
     loss, parts = dynamics_loss(net, batch_of(film_of(2, 9)), 401, Recipe(masked=0.5))        # a step with the model's own predictions in the context
     loss.backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
