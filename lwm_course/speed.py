@@ -108,7 +108,13 @@ def speed_figures(times: np.ndarray,  # of all players, from `latencies`
     return figures
 
 # %% ../nbs/08b_speed.ipynb #benchfig
-def bench_figures(wm: WorldModel, game: str, players: list[int], frames: int, seed: int = 0, refine: int = 1) -> list[course.Figure]:
+def bench_figures(wm: WorldModel,
+                  game: str,           # all players play it
+                  players: list[int],  # per batch, of each batch
+                  frames: int,         # measured
+                  seed: int = 0,       # of the keys
+                  refine: int = 1      # passes of the head
+                  ) -> list[course.Figure]:
     "Speed with each number of players, in the machine's own dtype, and of one in float32; of an engine in its own. Peak memory with the fewest."
     engine, figures = getattr(wm, "precision", None), []
     own = engine or str(wm.dynamics.masked.dtype).removeprefix("torch.")

@@ -110,28 +110,6 @@ def test_agrees_with_torchao_where_the_definitions_do(bits, size):
     assert torch.equal(grid.index(rows) - top, theirs.view_as(rows).float())
 
 
-@pytest.mark.parametrize("bits,size", [(8, 0), (4, 32)])
-def test_agrees_with_nncf_where_the_definitions_do(bits, size):
-    "Affine weights by channel and by group: the same steps, as float16; where zero lies on the grid (NNCF puts it there) the same integers."
-    nncf, ov, op = (pytest.importorskip(name) for name in ("nncf", "openvino", "openvino.opset13"))
-    rows = grouped_rows(torch.randn(24, 96, generator=torch.Generator().manual_seed(bits)), size)
-    top, zero, step = 2 ** bits - 1, torch.arange(len(rows))[:, None] % 6 + 5.0, 2.0 ** (torch.arange(len(rows))[:, None] % 4 - 6)
-    on_grid = rows.minimum((top - zero - 0.25) * step).maximum((0.25 - zero) * step)
-    on_grid[:, :1], on_grid[:, 1:2] = -zero * step, (top - zero) * step
-    for weight, exact in ((rows, False), (on_grid, True)):
-        x = op.parameter([1, 96], np.float32)
-        model = ov.Model([op.matmul(x, op.constant(weight.view(24, 96).numpy()), False, True)], [x])
-        how = dict(group_size=size, ratio=1.0, all_layers=True) if size else {}
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode[f"INT{bits}_ASYM"], **how)
-        name = next(n.get_friendly_name() for n in model.get_ops() if n.get_friendly_name().endswith("/scale")).removesuffix("/scale")
-        theirs, grid = {n.get_friendly_name(): torch.from_numpy(np.array(n.get_data())) for n in model.get_ops() if n.get_type_name() == "Constant"}, affine(*minmax(weight), bits)
-        assert torch.equal(theirs[name + "/scale"].flatten(), grid.step.half().flatten())
-        packed = theirs[name].flatten()
-        index = (torch.stack([packed & 15, packed >> 4], 1) if bits == 4 else packed).view_as(weight)
-        if exact: assert torch.equal(grid.index(weight), index.float()) and index.unique().numel() > 10
-        else: assert (grid.index(weight) - index).abs().max() <= 1
-
-
 def test_gradient_passes_through_rounding():
     x = torch.randn(3, 5, requires_grad=True)
     symmetric(*minmax(x.detach()), 4).nearest(x).sum().backward()
