@@ -9,7 +9,6 @@ __all__ = ['WARMUP', 'peak_memory_gb', 'memory_gb', 'joules', 'opening', 'latenc
 # %% ../nbs/08b_speed.ipynb #spd00004
 import itertools, os, time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +96,11 @@ def speed_figures(times: np.ndarray,  # of all players, from `latencies`
                   players: int,       # per batch
                   kind: str,          # dtype
                   own: bool,          # the dtype that this machine chooses by itself
-                  game: str
+                  game: str,
+                  refine: int = 1     # passes of the head
                   ) -> list[course.Figure]:
     "Latency and frames per second of a batch of players; those of one player in the machine's own dtype have the plain names."
-    figures, said = [], dict(source=f"{kind}, {players} player{'s' * (players > 1)}", game=game)
+    figures, said = [], dict(source=f"{kind}, {players} player{'s' * (players > 1)}" + f", {refine} passes" * (refine > 1), game=game)
     for end in [f"{'' if own else '_' + kind}_players_{players}"] + [""] * (own and players == 1):
         for q in (50, 95, 99):
             figures.append(figure(f"latency_p{q}_ms{end}", lambda t: np.percentile(t, q), times[:, 0], unit="ms", **said))
@@ -121,9 +121,8 @@ def bench_figures(wm: WorldModel,
     batches = [(own, n) for n in sorted(players)] + [("float32", 1)] * (not engine and own != "float32")
     for kind, n in batches:
         if not engine and kind != own: wm.ready(dtype=kind)
-        before = joules()
-        found = speed_figures(latencies(wm, game, frames, WARMUP, n, seed, refine), n, kind, kind == own, game)
-        figures += [replace(f, source=f"{f.source}, {refine} passes") for f in found] if refine > 1 else found
+        before, times = joules(), latencies(wm, game, frames, WARMUP, n, seed, refine)
+        figures += speed_figures(times, n, kind, kind == own, game, refine)
         if (kind, n) == batches[0]:
             figures.append(course.Figure("peak_memory_gb", peak_memory_gb(), "GB", 1, source=f"of the whole process, players: {n}", game=game))
             if before is not None:
