@@ -1199,11 +1199,10 @@ def run_eval(args, load: Callable = load_model) -> None:
         config = training.TrainConfig(minutes=args.train_encoder, lr=2e-3, seed=args.seed, ema=0.99, channels_last=True)
         train_encoder(args.play, args.out, config, args.games)
         return
-    games_of = lambda figures: tuple(dict.fromkeys(f.game for f in figures if f.game))
-    source = functools.cache(lambda games: data_hash(args.play, list(games)))       # it reads all recordings
+    games_of = lambda figures: list(dict.fromkeys(f.game for f in figures if f.game))
     def keep(figures, complete=False):
-        file = args.json or Path(args.report) / "eval.json"
-        course.save_results(file, args.line, figures, args.seed, split=args.split, data_hash=source(games_of(figures)), complete=complete)
+        file, source = args.json or Path(args.report) / "eval.json", data_hash(args.play, games_of(figures))
+        course.save_results(file, args.line, figures, args.seed, split=args.split, data_hash=source, complete=complete)
     figures, picture = eval_tokenizer(args, effort) if is_tokenizer(args.model) else eval_world(args, effort, load, keep)
     keep(figures, complete=True)
     course.print_figures(figures)
