@@ -599,6 +599,14 @@ class Autoencoder(Pretrained):
             raise ValueError(f"a table lists 1 to 262,144 tokens, not {self.codebook_size:,}: 'none' has none, 'open' too many")
         return self.quantizer.code(torch.arange(self.codebook_size, device=self._where[0])).float()
 
+# %% ../nbs/03_tokenizer.ipynb #fresh001
+def _fresh(frames: Tensor, patch: int   # as of `patches_changed`
+           ) -> tuple[Tensor, Tensor]:  # bool (B, h, w), int (B, h, w)
+    "Which patches are not as in the frame before, and, of those, the number of the one that each patch repeats."
+    first = torch.ones(len(frames[:1]), *(side // patch for side in frames.shape[1:3]), dtype=torch.bool, device=frames.device)
+    new = torch.cat([first, patches_changed(frames[1:], frames[:-1], patch)])
+    return new, torch.where(new, (new.flatten().cumsum(0) - 1).view_as(new), 0).cummax(0).values
+
 # %% ../nbs/03_tokenizer.ipynb #40e5176e
 class Tokenizer(Autoencoder):
     "Frames to tokens and back."
@@ -607,10 +615,10 @@ class Tokenizer(Autoencoder):
 
     @torch.inference_mode()
     def encode(self, frames: Tensor | np.ndarray) -> Tensor:  # uint8 (B, H, W, 3) -> int64 (B, h, w)
-        "The tokens of frames."
+        "The tokens of frames. What is as in the frame before it is not encoded again."
         check_frames(frames := torch.as_tensor(frames), self.frame_size)
-        tiles = tiles_of(frames.to(self._where[0]), self.config.patch)
-        return self.encode_patches(tiles.flatten(0, 2)).view(tiles.shape[:3])
+        new, which = _fresh(frames := frames.to(self._where[0]), self.config.patch)
+        return self.encode_patches(tiles_of(frames, self.config.patch)[new])[which]
 
     @torch.inference_mode()
     def encode_patches(self, tiles: Tensor) -> Tensor:  # uint8 (n, patch, patch, 3) -> int64 (n,)

@@ -358,6 +358,33 @@ def test_frames_of_a_batch_do_not_mix():
     assert torch.equal(model.encode(batch)[1], model.encode(batch[1:2])[0])
 
 
+@quantizers
+@both_patches
+def test_a_film_has_the_tokens_of_its_frames_one_by_one(quantizer, patch):
+    "Whatever is as in the frame before is not encoded again: in a film, in frames out of order, in one that returns, and where there are none."
+    model, film = small(quantizer, patch=patch), frames(1).repeat(9, 0)
+    rng = np.random.default_rng(1)
+    for t in range(1, 9):
+        film[t] = film[t - 1]
+        for row, column in rng.integers(0, 32, (t % 4, 2)): film[t, row, column] = rng.integers(0, 256, 3)      # now and then nothing, or a pixel or two
+        if t % 4 == 3: film[t, 16:, :16] = frames(1, 16, seed=t)[0]
+    film[7] = film[2]
+    alone = torch.cat([model.encode(frame[None]) for frame in film])
+    assert torch.equal(model.encode(film), alone) and (alone[1:] != alone[:-1]).any()
+    for order in (np.arange(9)[::-1].copy(), rng.permutation(9), np.zeros(5, int), np.array([3]), np.array([], int)):
+        found = model.encode(film[order])
+        assert torch.equal(found, alone[order]) and found.dtype == torch.int64 and found.shape == (len(order), *model.grid)
+
+
+def test_what_stays_is_not_encoded_again(monkeypatch):
+    model, film, asked = small(), frames(1).repeat(6, 0), []
+    film[3:, 9, 20] ^= 255
+    encode = model.encode_patches
+    monkeypatch.setattr(model, "encode_patches", lambda tiles: asked.append(len(tiles)) or encode(tiles))
+    model.encode(film)
+    assert asked == [model.grid[0] * model.grid[1] + 1]
+
+
 @learning
 def test_training_is_deterministic_under_a_seed(quantizer):
     def run(seed):
