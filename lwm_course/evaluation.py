@@ -12,10 +12,11 @@ __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'ENCODER_CARD', 'SECOND', 'HORIZONS', '
            'ball_counter', 'ball_figures', 'crowd_figure', 'spells', 'where_drawn', 'Reader', 'readers_of',
            'fact_figures', 'object_figures', 'play_figures', 'recordings', 'entropies', 'lately', 'outside',
            'still_for', 'collapse', 'long_play', 'lasting', 'long_figures', 'Effort', 'measure', 'figure_table',
-           'beside', 'strip', 'h264', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'eval_world',
-           'load_model', 'run_eval']
+           'beside', 'strip', 'h264', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'measure_one',
+           'eval_world', 'load_model', 'run_eval']
 
 # %% ../nbs/08_evaluation.ipynb #62856aac
+import argparse
 import functools
 import hashlib
 import math
@@ -1150,6 +1151,7 @@ def eval_command(parser) -> None:
     parser.add_argument("--clips", type=int, help=f"clips per game (default: {normal.clips})")
     parser.add_argument("--frames", type=int, help=f"length of the longest rollout (default: {normal.frames})")
     parser.add_argument("--quick", action="store_true", help="fewer clips, moments and frames: a look, not a measurement")
+    parser.add_argument("--workers", type=int, default=1, help="games measured at once, each in a process of its own (default: 1)")
     parser.add_argument("--report", metavar="FOLDER", default="out/eval", help="for a page with a table, strips of frames and films (default: out/eval)")
     parser.add_argument("--train-encoder", type=float, metavar="MINUTES",
                         help="instead: train the network of fd_game on the games in --play, into --out")
@@ -1172,14 +1174,26 @@ def eval_tokenizer(args, effort: Effort) -> tuple[list[course.Figure], Callable]
     return figures, picture
 
 
+def measure_one(args, effort: Effort, load: Callable, game: str) -> list[course.Figure]:
+    "`measure`, of one game, in a process of its own."
+    torch.set_num_threads(1)
+    return measure(load(args), args.play, args.split, effort, args.seed, [game])
+
+
 def eval_world(args, effort: Effort, load: Callable, keep: Callable) -> tuple[list[course.Figure], Callable]:
     "Figures of a world model, and a function game -> strip and films."
-    wm = load(args)
+    wm, figures = load(args), []
     def picture(game):
         [clip] = recordings(game, 1, 300, args.split, args.seed + 2, wm.frame_size[0])
         films = beside(wm, clip)
         return strip(films), films
-    return measure(wm, args.play, args.split, effort, args.seed, args.games, keep), picture
+    games = [wm.games[wm.game_index(game)] for game in args.games or wm.games]
+    told = argparse.Namespace(**{name: value for name, value in vars(args).items() if not callable(value)})    # what another process can be told
+    if args.workers < 2: return measure(wm, args.play, args.split, effort, args.seed, games, keep), picture
+    for found in data.run_jobs(measure_one, [(told, effort, load, game) for game in games], args.workers, desc="measure", unit="game"):
+        figures = sorted(figures + found, key=lambda f: games.index(f.game))
+        keep(figures)
+    return figures, picture
 
 # %% ../nbs/08_evaluation.ipynb #cd9fb8f6
 def load_model(args) -> WorldModel:
