@@ -11,7 +11,8 @@ __all__ = ['GRAPHS', 'BOUNDS', 'CARDS', 'LENGTHS', 'TARGETS', 'CPU', 'BACKENDS',
            'export', 'manifest_of', 'load_backend', 'Trial', 'frame_ms', 'fastest', 'load_player', 'installed',
            'cached_engines', 'play_by', 'between', 'smooth', 'smooth_figures', 'Cost', 'frame_cost', 'peaks',
            'roofline_figures', 'compare', 'bench_rows', 'bench_table', 'bench_plot', 'bench_page', 'export_command',
-           'exported_model', 'run_export', 'by_engine', 'eval_command', 'bench_command', 'run_roofline', 'run_smooth']
+           'exported_model', 'run_export', 'engine_model', 'by_engine', 'eval_command', 'bench_command', 'run_roofline',
+           'run_smooth']
 
 # %% ../nbs/14_export.ipynb #exp00005
 import contextlib, functools, hashlib, io, json, logging, os, platform, shutil, tempfile, time, warnings
@@ -131,20 +132,21 @@ class Graph(nn.Module):
 
 class RouteGraph(Graph):
     "Where something happens in a new frame."
-    inputs, outputs = ("recent", "tokens", "onward", "age", "action", "game"), ("active", "means", "now")
+    inputs, outputs = ("recent", "tokens", "onward", "age", "action", "game", "stirs"), ("active", "means", "now")
 
     def forward(self, recent: Tensor,  # (B, 3, h, w)
                 tokens: Tensor,        # (B, h, w)
                 onward: Tensor,        # (B, h, w), of `Onward`
                 age: Tensor,           # (B, P), one frame before, of `ages`
-                action: Tensor, game: Tensor    # (B,) the key that led to it
+                action: Tensor, game: Tensor,   # (B,) the key that led to it
+                stirs: Tensor          # (B, P), of `Dynamics.stirs`; zeros where no memory is followed
                 ) -> tuple[Tensor, Tensor, Tensor]:   # bool (B, P + 1), mean token of each position (B, E, side, side), age now
         "The first half of `Dynamics.look`."
         changed = self.net.changes(torch.cat([recent, tokens[:, None]], 1), onward[:, None])
         means = F.avg_pool2d(F.embedding(tokens, self.reading).permute(0, 3, 1, 2), self.net.config.group)
         age, act = torch.where(changed[:, 0, 0].flatten(1) > 0, 0, older(age)), self.net.named_action(action[:, None], game)[:, 0]
         route = self.net.router(means, changed[:, 0], *self.net.past(age), game, act)
-        return self.net.active(route[:, None], changed[:, :, 0].flatten(2))[:, 0], means, age
+        return self.net.active((route + stirs)[:, None], changed[:, :, 0].flatten(2))[:, 0], means, age
 
 # %% ../nbs/14_export.ipynb #exp00018
 class TrunkGraph(Graph):
@@ -270,21 +272,18 @@ class _Answers(WorldModel):
 # %% ../nbs/14_export.ipynb #exp00024
 class Backend(_Answers):
     "A world model whose graphs are run by an engine."
-    @torch.inference_mode()
-    def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
+    def remember(self, state: PlayState, tokens: Tensor, moved: Tensor, onward: Tensor, action: Tensor, stirs: Tensor | None
+                 ) -> tuple[Memory, Tensor, Tensor]:
         "As in `WorldModel`."
         recent, blocks, age = state.memory.recent, state.memory.blocks, state.memory.age
-        moved = self.came(pixels, state.pixels, tokens != state.tokens)
-        onward = self.dynamics.onward(moved, tokens)
-        active, means, age = self.run["route"](recent, tokens, onward, age, action, state.game)
+        stirs = torch.zeros(age.shape) if stirs is None else stirs[:, 0]
+        active, means, age = self.run["route"](recent, tokens, onward, age, action, state.game, stirs)
         states = [part.unflatten(0, (state.players, -1)) for block in blocks if block for part in block]
         seen = recent, tokens, moved, onward, means, age, seats(active), busy_places(active, states[0]), action, state.game
         features, *states = self.run["trunk"](*seen, *states)
         after = iter([part.flatten(0, 1) for part in states])
         blocks = [block and (next(after), next(after)) for block in blocks]
-        memory = Memory(blocks, torch.cat([recent[:, 1:], tokens[:, None]], 1), age)
-        return replace(state, memory=memory, features=features, active=active, tokens=tokens, onward=onward, pixels=pixels,
-                       frame=state.frame + 1)
+        return Memory(blocks, torch.cat([recent[:, 1:], tokens[:, None]], 1), age), features, active
 
 # %% ../nbs/14_export.ipynb #exp00026
 BOUNDS = {"float32": (1e-4, 1e-5), "float16": (0.05, 0.005), "int8": (1.0, 0.1)}   # of the first step: copy logits, and embeddings as a share of the largest
@@ -367,7 +366,8 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
         state = wm.start(np.stack([clip[:8]] * 2), np.stack([actions[:7]] * 2), wm.games[0])
         states = tuple(part.unflatten(0, (2, -1)) for block in state.memory.blocks if block for part in block)
         key, slots, recent, moved = state.game * 0, seats(state.active), state.memory.recent, state.tokens * 0
-        _, means, age = backend.run["route"](recent, state.tokens, state.onward, state.memory.age, key, state.game)
+        stirs = torch.zeros(state.memory.age.shape)
+        _, means, age = backend.run["route"](recent, state.tokens, state.onward, state.memory.age, key, state.game, stirs)
     axis = torch.export.Dim
     players, seat, busy, changes = {0: axis("players")}, axis("seats", min=3), axis("busy", min=2), {0: axis("changes", min=2)}
     at, every, after, which = {0: players[0], 1: seat}, (players,) * len(states), (key, state.game), torch.arange(8)
@@ -376,7 +376,7 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
         "head": (clone(state.features, slots, state.tokens, state.onward, state.tokens, *after), (players, at, *(players,) * 5)),
         "closer": (clone(torch.randn(8, 2 * wm.dynamics.config.token_width), which % 2, which, which, *backend.seen(state), state.tokens),
                    (*(changes,) * 4, *(players,) * 4)),
-        "route": (clone(recent, state.tokens, state.onward, age, *after), (players,) * 6),
+        "route": (clone(recent, state.tokens, state.onward, age, *after, stirs), (players,) * 7),
         "trunk": (clone(recent, state.tokens, moved, state.onward, means, age, slots, busy_places(state.active, states[0]), *after, *states),
                   (*(players,) * 6, at, {0: players[0], 1: busy}, players, players, every))}
 
@@ -1035,6 +1035,11 @@ def run_export(args) -> int:
     return int(not all(row["passed"] for row in rows))
 
 # %% ../nbs/14_export.ipynb #exp00061
+def engine_model(args) -> Backend:
+    "The model that the options name, played by the engine that they name."
+    return load_backend(exported_model(args), args.engine)
+
+
 def by_engine(parser,
               command: Callable,   # adds the options of chapter 08, or of 08b
               run: Callable        # does what they ask: (args, load)
@@ -1042,7 +1047,7 @@ def by_engine(parser,
     "Such a command, and an engine for it."
     command(parser)
     parser.add_argument("--engine", metavar="FOLDER", help="play by this engine, which `lwm export` wrote of the same model")
-    parser.set_defaults(run=lambda args: run(args, lambda args: load_backend(exported_model(args), args.engine)) if args.engine else run(args))
+    parser.set_defaults(run=lambda args: run(args, engine_model) if args.engine else run(args))
 
 
 def eval_command(parser) -> None:

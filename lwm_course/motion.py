@@ -302,7 +302,7 @@ def tokenize(tokenizer: Tokenizer,
              games: list[str] | None = None,
              reach: tuple[int, int] = REACH, drawn: tuple[int, int] = DRAWN   # of `Motion`
              ) -> Path:
-    "Encode every frame of every episode once: two bytes per token, and what `explain` finds."
+    "Encode every frame of every episode once: two bytes per token, what `explain` finds, and the console's memory where it was recorded."
     out, motion = Path(out), Shifts(tokenizer.frame_size[0], tokenizer.config.patch, reach, drawn)
     for path in tqdm(data.episodes(folder, games), desc="tokens", unit="episode"):
         target = out / path.parent.name / path.name
@@ -311,8 +311,9 @@ def tokenize(tokenizer: Tokenizer,
         frames = torch.from_numpy(data.resize(episode.frames, tokenizer.frame_size[0]))
         tokens = tokenizer.encode(frames).cpu()
         came_by = np.concatenate([[0], episode.actions])   # the key that led to each frame
+        ram = np.zeros((len(tokens), 0), np.uint8) if episode.ram is None else episode.ram
         with course.atomic(target) as temporary, open(temporary, "wb") as file:
-            np.savez(file, tokens=tokens.numpy().astype(np.uint16), actions=came_by, **explain(motion, frames, tokens))
+            np.savez(file, tokens=tokens.numpy().astype(np.uint16), actions=came_by, ram=ram, **explain(motion, frames, tokens))
     return out
 
 # %% ../nbs/06b_motion.ipynb #mot00052
@@ -322,8 +323,8 @@ def read_tokens(path: str | Path) -> dict[str, np.ndarray]:   # written by `toke
         with np.load(path, allow_pickle=False) as file: episode = dict(file)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and it will be made again") from error
-    if not {"tokens", "actions", "first", "where", "matches", "moved"} <= episode.keys():
-        raise ValueError(f"{path} has no shifts, it is of an older version: delete it, and it will be made again")
+    if not {"tokens", "actions", "first", "where", "matches", "moved", "ram"} <= episode.keys():
+        raise ValueError(f"{path} lacks shifts or the console's memory, it is of an older version: delete it, and it will be made again")
     return episode
 
 # %% ../nbs/06b_motion.ipynb #mot00027
@@ -338,7 +339,7 @@ def clip_of(episode: dict,  # as `tokenize` writes it
     moved.reshape(-1)[where] = episode["moved"][which]
     later = where >= tokens[0].size
     return {"tokens": tokens, "moved": moved, "actions": episode["actions"][start:start + length + 1], "age": ages_at(episode["tokens"], start - 1),
-            "where": where[later] - tokens[0].size, "matches": episode["matches"][which][later].astype(np.int64)}
+            "where": where[later] - tokens[0].size, "matches": episode["matches"][which][later].astype(np.int64)} | ({"ram": episode["ram"][start:start + length + 1]} if "ram" in episode else {})
 
 
 def matches_of(batch: dict,     # of `batch_of`
@@ -377,8 +378,8 @@ def batch_of(clips: list[dict]   # of `clip_of`, of one length
     return {name: torch.from_numpy(joined.get(name, np.stack)([clip[name] for clip in clips])) for name in clips[0]}
 
 # %% ../nbs/06b_motion.ipynb #mot00028
-class TokenClips:
-    "Training batches for the dynamics: clips of T+1 frames of tokens, every game equally often."
+class _Clips:
+    "Episodes of tokens, game by game."
     def __init__(self, folder: str | Path,    # written by `tokenize`
                  games: list[str],            # their order gives the game's number
                  lengths: tuple[int, ...] = (12, 12, 12, 48),  # T, predicted frames per clip, step by step: short and long memory
@@ -393,11 +394,22 @@ class TokenClips:
         busy = [np.mean([len(e["where"]) / (len(e["tokens"]) - 1) for e in episodes]) for episodes in self.episodes]
         self.weight = (1 / np.maximum(busy, 1)).astype(np.float32)     # a game in which much changes counts no more than a calm one
 
+    @property
+    def remembers(self) -> bool: return all(e["ram"].shape[1] for episodes in self.episodes for e in episodes)   # the console's memory was recorded
+
+    def usual(self) -> Tensor:   # (games, h, w)
+        "The commonest token of every place in each game."
+        some = [np.concatenate([e["tokens"][::41] for e in episodes])[:1000].astype(np.int64) for episodes in self.episodes]
+        return torch.stack([torch.from_numpy(tokens).mode(0).values for tokens in some])
+
     def owned(self, codebook: int) -> Tensor:   # bool (games, codebook)
         "Which codes occur in each game."
         found = [np.unique(np.concatenate([np.unique(e["tokens"]) for e in episodes])) for episodes in self.episodes]
         return torch.stack([torch.from_numpy(np.isin(np.arange(codebook), codes)) for codes in found])
 
+# %% ../nbs/06b_motion.ipynb #mot00072
+class TokenClips(_Clips):
+    "Training batches for the dynamics: clips of T+1 frames of tokens, every game equally often."
     def __call__(self, step: int) -> dict: return self.part(step, 0, 1)
 
     def part(self, step: int, rank: int, world: int) -> dict:
@@ -409,6 +421,7 @@ class TokenClips:
             episode = self.episodes[game][rng.integers(len(self.episodes[game]))]
             clips.append({"game": np.array(game), "weight": self.weight[game]} |
                          clip_of(episode, rng.integers(len(episode["tokens"]) - length), length))
+            if not self.remembers: clips[-1].pop("ram")
         return batch_of(clips)
 
 # %% ../nbs/06b_motion.ipynb #closeup9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NANO_GAMES', 'DYNAMICS_SIZES', 'FULL', 'SURE', 'SETTLED', 'DynamicsConfig', 'grouped', 'Rows', 'add_to', 'Histories',
-           'filled', 'Offsets', 'SpatialAttention', 'Film', 'Block', 'Router', 'Memory', 'Closeup', 'surest',
+           'filled', 'Offsets', 'SpatialAttention', 'Film', 'Block', 'Router', 'Memory', 'Closeup', 'surest', 'Told',
            'Dynamics']
 
 # %% ../nbs/06c_network.ipynb #net00005
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import training
+from .console import UNKNOWN, Console, Facts
 from .motion import DRAWN, LONG, MOVED, REACH, STAYED, Came, Onward, ages, ranks
 from .ssm import Mamba2
 from .tokenizer import Tokenizer
@@ -28,6 +29,10 @@ NANO_GAMES = ["ALE/Pong-v5", "ALE/Breakout-v5", "ALE/Freeway-v5", "ALE/MsPacman-
 # %% ../nbs/06c_network.ipynb #derived1
 class _Derived:
     "What follows from a configuration."
+    def __post_init__(self):
+        self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)
+        if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
+
     @property
     def side(self) -> int: return self.grid // self.group           # positions of the network, per side of a frame
     @property
@@ -66,10 +71,10 @@ class DynamicsConfig(_Derived):
     least: float = 0.02     # ... namely those that change with this probability or more; 0: any
     guidance: float = 1.25  # how much the key counts in play; 1: as it was learned
     bold: float = 0.25      # by how much a copy logit is lowered in play; 0: as it was learned
+    facts: int = 0          # bytes of the console's memory that are followed; 0: none, as of a game that is known from pictures alone
+    values: int = 0         # which they take, and ...
+    strides: int = 0        # ... by which steps they go, of all games
     fps: int = 15           # frames per second of play
-    def __post_init__(self):
-        self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)
-        if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
 
 # %% ../nbs/06c_network.ipynb #13a61772
 _WIDE = dict(group=1, reach=0, temporal_every=4, scan_head=64, attention_heads=16, least=0.0, most=256)    # every position, always
@@ -489,17 +494,18 @@ class _Trunk(_Begins):
              came_by: Tensor,             # (B, T) the action that led to each frame
              game: Tensor,                # (B,)
              memory: Memory | None = None,  # None: `beginning`
+             stirs: Tensor | None = None,   # (B, T, P), of `stirs`: what the console's memory says of where to look
              remember: bool = True        # False gives no memory, and features of the rows alone (N, ...)
              ) -> tuple[Tensor, Tensor, Tensor, Memory | None]:
         "Read frames. Features (B, T, P + 1, D + group² * detail), where there are any (B, T, P + 1), the router's logits (B, T, P), memory."
-        B, T = tokens.shape[:2]
-        memory = memory or self.beginning(tokens)
+        (B, T), memory = tokens.shape[:2], memory or self.beginning(tokens)
         film, act = torch.cat([memory.recent, tokens], 1), self.named_action(came_by, game).flatten()
         changed = self.changes(film, onward)
         means = F.avg_pool2d(F.embedding(tokens.flatten(0, 1), self.reading()).permute(0, 3, 1, 2), self.config.group)
         age = ages(changed[:, :, 0].flatten(2) > 0, memory.age)
         past, every = self.past(age.flatten(0, 1))
         route = self.router(means, changed.flatten(0, 1), past, every, game.repeat_interleave(T), act).unflatten(0, (B, T))
+        if stirs is not None: route = route + stirs
         active = self.active(route.detach(), changed[:, :, 0].flatten(2))
         rows, whole = Rows(active), self.overview(F.adaptive_avg_pool2d(means, 4).flatten(1)) + self.enter_ages(every)
         near, detail = self.seen(film[:, 2:-1], tokens, moved, onward, rows)
@@ -622,9 +628,80 @@ class _Details(_Origins):
         beside = self.per_token(self.beside, near)
         return own + self.finer(torch.cat([own, detail.view_as(beside) + beside], -1))
 
+# %% ../nbs/06c_network.ipynb #tells001
+@dataclass
+class Told:
+    "What the console's memory says of the tokens that are computed, for a key."
+    frame: Tensor     # (n, 1) and ...
+    cells: Tensor     # ... (n, group²): which tokens
+    first: Tensor     # (n, group² * detail), for the head
+    out: Tensor       # (n, group², 2 * E), beside its answer
+    gate: Tensor      # (n, group²)
+
+    def beside(self, out: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:   # of `Dynamics.predict`
+        "An answer of the head, and what the memory adds to it."
+        where = self.frame, self.cells
+        add = lambda x, part, depth: x.flatten(0, -2 - depth).flatten(1, 2).index_put(where, part.to(x.dtype), accumulate=True).view_as(x)
+        return add(out, self.out, 2), add(gate, self.gate, 1)
+
+# %% ../nbs/06c_network.ipynb #tells002
+class _Watches(_Details):
+    "Follow the console's memory, where the recordings have one (06a)."
+    def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
+        super().__init__(config, codes)
+        sizes, told = (config.values, config.strides), (config.detail, 2 * config.token_width)
+        self.console = Console(Facts(len(config.games), config.facts), len(config.action_names), config.code, config.grid, told, config.group, sizes=sizes) if config.facts else None
+
+    def watch(self, film: Tensor,     # (B, T + 1, h, w), tokens; the first frame only says what was there before
+              came_by: Tensor,        # (B, T) the key that led to each of the others
+              game: Tensor,           # (B,)
+              facts: Tensor | None = None   # (B, facts) in the first frame; None: nothing is known
+              ) -> Tensor:            # (B, T, facts)
+        "Read the facts of frames, each from the one before, by rule, and by what is seen."
+        B, T = came_by.shape
+        if self.console is None: return film.new_zeros(B, T, 0)
+        if facts is None: facts = film.new_full((B, self.config.facts), UNKNOWN)
+        reading, found = self.table("console", lambda: self.console.reading(self.codes)), []
+        now, before = (x.flatten(0, 1) for x in (film[:, 1:], film[:, :-1]))
+        sight, act = self.console.glance(now, before, game.repeat_interleave(T), reading).unflatten(0, (B, T)), self.named_action(came_by, game)
+        for t in range(T): found.append(facts := self.console.step(facts, act[:, t], game, sight[:, t]))
+        return torch.stack(found, 1)
+
+    def lines(self, facts: Tensor,    # (B, T, facts)
+              actions: Tensor,        # (B, T) the key held next; -1: any
+              game: Tensor            # (B,)
+              ) -> tuple[Tensor, Tensor] | None:
+        "`Console.lines` of frames and what follows if a key is held."
+        if self.console is None: return None
+        facts, act, game = facts.flatten(0, 1), self.named_action(actions, game).flatten(), game.repeat_interleave(actions.shape[1])
+        with torch.no_grad(): ahead = self.console.step(facts, act, game)
+        return self.console.lines(facts, ahead, game)
+
+# %% ../nbs/06c_network.ipynb #tells022
+class _Follows(_Watches):
+    "Say what the memory means for the picture."
+    def stirs(self, facts: Tensor, game: Tensor) -> Tensor | None:   # (B, T, facts), (B,) -> (B, T, P)
+        "Where something may change, whatever is held, for `look`."
+        if self.console is None: return None
+        lines = self.lines(facts, torch.full_like(facts[..., 0], -1), game)
+        return self.console.stirs(lines).unflatten(0, facts.shape[:2])
+
+    def told(self, lines: tuple, active: Tensor) -> Told:   # of `lines`; (B, T, P + 1)
+        "What is said of the tokens that are computed."
+        frame, place = active[..., :-1].flatten(0, -2).nonzero().unbind(1)
+        first, out, gate = self.console.at(lines, frame, cells := self.cells[place])
+        return Told(frame[:, None], cells, first.flatten(1), out, gate)
+
+    def hinted(self, features: Tensor, active: Tensor, told: Told) -> Tensor:   # of `look`; the same
+        "Features, with what is said of their tokens."
+        part, places = F.pad(told.first, (self.config.width, 0)), active.flatten(0, -2)
+        if features.ndim == 2: return add_to(features, (places.nonzero()[:, 1] < self.config.positions).nonzero()[:, 0], part)
+        frame, place = places[:, :-1].nonzero().unbind(1)
+        return features.flatten(0, -3).index_put((frame, place), part.to(features.dtype), accumulate=True).view_as(features)
+
 # %% ../nbs/06c_network.ipynb #3ff10b92
-class Dynamics(_Details):
-    "Trunk (once per frame, recurrent) and head (once per refinement step): tokens and keys in, next tokens out."
+class _Heads(_Follows):
+    "What comes next."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         D, E = config.width, config.token_width
@@ -651,6 +728,17 @@ class Dynamics(_Details):
         out = own.new_zeros(rows.frames, known[0, 0].numel(), 2 * E).index_put(where, own)
         gate = own.new_full(out.shape[:2], SURE, dtype=torch.float32).index_put(where, self.gate(own[..., :E])[..., 0].float())
         return out.view(*known.shape, 2 * E), gate.view(known.shape)
+
+# %% ../nbs/06c_network.ipynb #tells003
+class Dynamics(_Heads):
+    "Trunk (once per frame, recurrent) and head (once per refinement step): tokens and keys in, next tokens out."
+    def reply(self, features: Tensor, active: Tensor, tokens: Tensor, onward: Tensor, known: Tensor, actions: Tensor, game: Tensor,  # of `predict`
+              lines: tuple | None     # of `lines`, for these actions
+              ) -> tuple[Tensor, Tensor]:   # as of `predict`
+        "What comes next if this key is held, by all that is known: the head, told by the console's memory."
+        if lines is None: return self.predict(features, active, tokens, onward, known, actions, game)
+        told = self.told(lines, active)
+        return told.beside(*self.predict(self.hinted(features, active, told), active, tokens, onward, known, actions, game))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         "What Muon turns: the matrices between hidden layers."

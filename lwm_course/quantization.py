@@ -173,10 +173,10 @@ class Context:
     @torch.inference_mode()
     def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
         "What a network says of each next frame: embeddings of its tokens, and copy logits."
-        came_by = F.pad(self.actions, (1, 0))[:, :-1]
-        tokens, moved, onward = self.tokens[:, :-1], self.moved[:, :-1], self.onward(model)
-        features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, remember=False)
-        return model.predict(features, active, tokens, onward, torch.full_like(tokens, model.mask), self.actions, self.game)
+        came_by, tokens, moved, onward = F.pad(self.actions, (1, 0))[:, :-1], self.tokens[:, :-1], self.moved[:, :-1], self.onward(model)
+        facts = model.watch(torch.cat([tokens[:, :1], tokens], 1), came_by, self.game)
+        features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, stirs=model.stirs(facts, self.game), remember=False)
+        return model.reply(features, active, tokens, onward, torch.full_like(tokens, model.mask), self.actions, self.game, model.lines(facts, self.actions, self.game))
 
 # %% ../nbs/13_quantization.ipynb #q13c034
 def stored(module: nn.Module) -> list[str]:
@@ -185,10 +185,10 @@ def stored(module: nn.Module) -> list[str]:
 
 
 def busy_layers(model: Dynamics) -> dict[str, nn.Linear]:
-    "Linear layers that work at every frame. `read_code`, `name_code`, `closeup.code` and `lead` only make tables, once."
+    "Linear layers that work at every frame. The others only make tables, once, or help in training."
     kept = set(stored(model))
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and f"{name}.weight" in kept
-            and not name.startswith(("read_code", "name_code", "closeup.code", "lead"))}
+            and not name.startswith(("read_code", "name_code", "closeup.code", "lead", "console.token", "console.sketch"))}
 
 
 def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Tensor]:   # layer -> (N, D), N <= most

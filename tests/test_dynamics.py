@@ -1,5 +1,6 @@
 "The world model: shapes, seeds, players that do not touch one another, a state that holds, files, commands, and the shipped model."
 import argparse
+import copy
 import json
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lwm_course import course, data, dynamics, recipe, speed
+from lwm_course.console import UNKNOWN, Facts
 from lwm_course.dynamics import (Moment, Recipe, WorldModel, action_response, dynamics_loss, log_probs, next_frame,
                                  own_prediction)
 from lwm_course.motion import FEW, LONG, MOVED, NEW, STAYED, shifts
@@ -39,6 +41,25 @@ def small_world(seed=0, **options):
 @pytest.fixture(scope="module")
 def world():
     return small_world()
+
+
+RAM = torch.randint(5, (2, 60, 128), generator=torch.Generator().manual_seed(0)).byte()      # a memory of each game, and ...
+KEPT = Facts.of([[own.numpy()] for own in RAM], facts=6)                                     # ... what is followed of it
+
+
+def wise_world(seed=0, **options):
+    "A world that follows six bytes of a memory, is sure of most of them, and tells them to all that listen."
+    world = small_world(seed, facts=6, values=KEPT.sizes[0], strides=KEPT.sizes[1], **options)
+    console = world.dynamics.console
+    console.facts.load_state_dict(KEPT.state_dict())
+    torch.nn.init.normal_(console.leave[1].weight, std=2.0)
+    for part in (console.tell, console.stir): torch.nn.init.normal_(part.weight)
+    return world
+
+
+@pytest.fixture(scope="module")
+def wise():
+    return wise_world()
 
 
 def film_of(players=2, frames=7, share=0.1, seed=0):
@@ -224,6 +245,149 @@ def test_own_prediction_is_what_play_would_show(world):
     named = shift < 0                                   # where a shift is wrong, training does not know what it would bring
     assert torch.equal(own[:, 0], tokens[:, 0]) and (own[:, 5] == played)[named].float().mean() > 0.99
     assert torch.equal(by[:, 5] >= MOVED, ~named) or (own[:, 5] == tokens[:, 5]).any()
+
+
+# The console's memory
+
+def rules_of(net):
+    "Names of weights that `Console.keep_rules` freezes."
+    return {name for name, p in net.named_parameters() if name.startswith("console.") and not p.requires_grad}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_network_with_a_console_learns_with_a_memory_and_without(told):
+    "All but the rules, which were learned before."
+    net = wise_world().dynamics.train().requires_grad_(True)
+    net.console.keep_rules()
+    for part in (net.closeup.answer.weight, net.router.recall[-1].weight, *net.enter_age.parameters()): torch.nn.init.normal_(part)
+    batch = batch_of(film_of(2, 9)) | ({"ram": RAM[:, :9]} if told else {})
+    loss, parts = dynamics_loss(net, batch, 401, Recipe(masked=0.5))
+    loss.backward()
+    silent = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()}
+    assert silent == rules_of(net) and "console.value.weight" in silent
+    assert all(math.isfinite(v) for v in parts.values())
+    with torch.autocast("cpu", torch.bfloat16): half, _ = dynamics_loss(net, batch, 401, Recipe(masked=0.5))
+    net.zero_grad()
+    half.backward()
+    assert half.isfinite() and {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum()} >= {"console.tell.weight", "console.stir.weight"}
+
+
+def test_what_is_known_at_first_is_all_or_some_or_nothing(wise):
+    game, ram = torch.arange(200) % 2, RAM.repeat(100, 1, 1)
+    batch = {"game": game, "ram": ram, "actions": torch.zeros(200, 60)}
+    true = dynamics.first_facts(wise.dynamics, batch, 0.0)
+    assert torch.equal(true, KEPT.read(ram[:, 0], game)) and (true >= 0).all()
+    torch.manual_seed(0)
+    some = dynamics.first_facts(wise.dynamics, batch, 0.5)
+    hidden = (some == UNKNOWN).float().mean(1)
+    assert torch.equal(some[some >= 0], true[some >= 0]) and 0.3 < (hidden == 0).float().mean() < 0.8 and 0.1 < hidden.mean() < 0.4
+    del batch["ram"]
+    assert (dynamics.first_facts(wise.dynamics, batch, 0.0) == UNKNOWN).all()
+
+
+def test_facts_go_on_from_frame_to_frame(wise):
+    frames, keys = play_of()
+    state, found = wise.start(frames, keys, [PONG, FREEWAY, PONG]), []
+    for t in range(4):
+        _, state = wise.step(state, [t % 3, 1, 0])
+        found.append(state.facts)
+        assert state.facts.shape == (3, 6) and ((state.facts == UNKNOWN) | (state.facts >= 0) & (state.facts < 5)).all()
+    assert (torch.stack(found) != UNKNOWN).float().mean() > 0.3 and not torch.equal(found[0], found[-1])
+    tokens, came_by = wise.read(torch.from_numpy(frames))[0], torch.nn.functional.pad(torch.from_numpy(keys), (1, 0))
+    with torch.inference_mode():
+        read = wise.dynamics.watch(torch.cat([tokens[:, :1], tokens], 1), came_by, torch.tensor([0, 1, 0]))
+        half = wise.dynamics.watch(torch.cat([tokens[:, :1], tokens[:, :3]], 1), came_by[:, :3], torch.tensor([0, 1, 0]))
+        rest = wise.dynamics.watch(tokens[:, 2:], came_by[:, 3:], torch.tensor([0, 1, 0]), half[:, -1])
+    assert torch.equal(read[:, -1], wise.start(frames, keys, [PONG, FREEWAY, PONG]).facts) and torch.equal(torch.cat([half, rest], 1), read)
+
+
+def test_facts_count_and_nobody_elses(wise):
+    "What is played depends on the facts of a player, in one pass and in several, with guidance, and on nobody else's."
+    frames, keys = play_of()
+    together, alone = wise.start(frames, keys, [PONG, FREEWAY, PONG], seed=[7, 8, 9]), wise.start(frames[1:2], keys[1:2], FREEWAY, seed=[8])
+    known, key = torch.full((3, 8, 8), wise.dynamics.mask), torch.tensor([1, 2, 0])
+    other = replace(together, facts=torch.where(torch.tensor([[True], [False], [False]]), (together.facts + 1) % 5, together.facts))
+    for guidance in (1.0, 1.5):
+        (out, gate), (out_, gate_) = (wise.head(state, key, known, guidance) for state in (together, other))
+        assert not torch.allclose(gate[0], gate_[0]) and not torch.allclose(out[0], out_[0])
+        assert torch.allclose(gate[1:], gate_[1:], atol=1e-5) and torch.allclose(out[1:], out_[1:], atol=1e-4)
+    for t in range(4):
+        how = dict(temperature=t % 2, refine=1 + t % 3, guidance=1 + t / 4)
+        many, together = wise.step(together, [3, t % 3, 1], **how)
+        one, alone = wise.step(alone, [t % 3], **how)
+        assert torch.equal(together.tokens[1], alone.tokens[0]) and torch.equal(together.facts[1], alone.facts[0]) and close(many[1], one[0])
+
+
+def test_an_old_state_and_the_other_players_keep_their_facts(wise):
+    frames, keys = play_of()
+    state = wise.start(frames, keys, [PONG, FREEWAY, PONG], seed=[1, 2, 3])
+    for _ in range(2): _, state = wise.step(state, [1, 1, 1])
+    before = state.facts.clone()
+    first, _ = wise.step(state, [2, 2, 2])
+    new_frames, new_keys = play_of(1, 5, seed=9)
+    reset, fresh = wise.reset_players(state, torch.tensor([False, True, False]), new_frames, new_keys), wise.start(new_frames, new_keys, FREEWAY, seed=[2])
+    assert torch.equal(reset.facts[1], fresh.facts[0]) and torch.equal(reset.facts[[0, 2]], before[[0, 2]]) and torch.equal(state.facts, before)
+    for _ in range(2):
+        _, reset = wise.step(reset, [2, 2, 2])
+        _, fresh = wise.step(fresh, [2])
+    assert torch.equal(reset.facts[1], fresh.facts[0]) and torch.equal(reset.tokens[1], fresh.tokens[0]) and torch.equal(wise.step(state, [2, 2, 2])[0], first)
+
+
+def test_where_nothing_is_told_the_answer_is_the_heads():
+    net, tokens, game = wise_world().dynamics, film_of(2, 5), torch.tensor([0, 1])
+    keys, moved = torch.randint(3, (2, 5)), torch.randint(MOVED + 40, tokens.shape)
+    with torch.inference_mode():
+        facts = net.watch(torch.cat([tokens[:, :1], tokens], 1), keys, game)
+        features, active, _, _ = look(net, tokens, moved, keys, game, stirs=net.stirs(facts, game))
+        asked = tokens, net.onward(moved, tokens), torch.full_like(tokens, net.mask), keys, game
+        (out, gate), lines = net.predict(features, active, *asked), net.lines(facts, keys, game)
+        told, packed = net.reply(features, active, *asked, lines), net.reply(features[active], active, *asked, lines)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(told, packed)) and not torch.allclose(told[0], out) and not torch.allclose(told[1], gate)
+        assert torch.equal(told[1] == SURE, gate == SURE) and not told[0][gate == SURE].any()
+        for weight in net.console.tell.parameters(): torch.nn.init.zeros_(weight)
+        silent = net.reply(features, active, *asked, net.lines(facts, keys, game))
+    assert all(torch.allclose(a, b) for a, b in zip(silent, (out, gate)))
+
+
+def test_own_prediction_with_a_memory_is_what_play_would_show(wise):
+    frames, keys = play_of(2, 7)
+    tokens, moved = wise.read(torch.as_tensor(frames))
+    actions, game = torch.nn.functional.pad(torch.as_tensor(keys), (1, 0)), torch.tensor([0, 1])
+    facts = wise.dynamics.watch(torch.cat([tokens[:, :1], tokens[:, :-1]], 1), actions[:, :-1], game)
+    own, _ = own_prediction(wise.dynamics, tokens[:, :-1], moved[:, :-1], batch_of(tokens) | {"moved": moved, "actions": actions}, facts)
+    played, shift, _ = wise.next_tokens(wise.start(frames[:, :5], keys[:, :4], [PONG, FREEWAY]), torch.as_tensor(keys[:, 4]))
+    assert (own[:, 5] == played)[shift < 0].float().mean() > 0.95
+
+
+def test_a_memory_survives_a_file_a_copy_and_other_precision(wise, tmp_path):
+    frames, keys = play_of()
+    play = lambda world: world.step(world.start(frames, keys, [PONG, FREEWAY, PONG]), [1, 2, 0])
+    (shown, state), loaded = play(wise), WorldModel.from_pretrained(wise.save_pretrained(tmp_path), "cpu", "float32")
+    assert loaded.dynamics.config == wise.dynamics.config and torch.equal(loaded.dynamics.console.facts.values, KEPT.values)
+    for other in (loaded, copy.deepcopy(wise)):
+        again, after = play(other)
+        assert torch.equal(again, shown) and torch.equal(after.facts, state.facts)
+    low, _ = play(copy.deepcopy(wise).ready("cpu", "bfloat16"))
+    assert (low == shown).float().mean() > 0.8
+    json.dumps(dynamics.asdict(wise.dynamics.config))
+
+
+def test_what_was_read_is_read_anew_by_other_weights():
+    "Tables are kept in play: after training, or where tokens mean something else, they are made again."
+    world, (frames, keys) = wise_world(), play_of()
+    reading = lambda: world.dynamics.table("console", lambda: world.dynamics.console.reading(world.dynamics.codes))
+    start = lambda: world.start(frames, keys, PONG)
+    first = start().facts
+    with torch.inference_mode(): before = reading().clone()
+    world.dynamics.train()
+    with torch.no_grad(): world.dynamics.console.token[2].weight.mul_(-3)
+    world.ready("cpu", "float32")
+    second = start().facts
+    with torch.inference_mode(): assert not torch.allclose(reading(), before)
+    assert not torch.equal(first, second)
+    world.dynamics.requires_grad_(True)
+    loss, _ = dynamics_loss(world.dynamics.train(), batch_of(film_of(2, 5)) | {"ram": RAM[:, :5]})     # after play, in the same process
+    loss.backward()
 
 
 # Play

@@ -537,6 +537,18 @@ def test_the_command_measures_and_reports(tmp_path, capsys, monkeypatch):
     assert "motion_ratio" in capsys.readouterr().out
 
 
+def test_games_measured_at_once_are_measured_alike(tmp_path, capsys):
+    small_world().save_pretrained(tmp_path / "model")
+    for game in (PONG, TETRIS): shutil.copytree(SAMPLES / data.slug(game), tmp_path / "play" / data.slug(game))
+    found = []
+    for workers in ("1", "2"):
+        effort = "--quick", "--clips", "2", "--frames", "15", "--workers", workers, "--report", str(tmp_path / workers)
+        assert course.main(["eval", str(tmp_path / "model"), "--play", str(tmp_path / "play"), "--games", PONG, TETRIS, *effort]) == 0
+        found.append(json.loads((tmp_path / workers / "eval.json").read_text())["figures"])
+    assert [(f["name"], f["game"]) for f in found[0]] == [(f["name"], f["game"]) for f in found[1]]
+    assert all(a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-3, nan_ok=True) for a, b in zip(*found) if a["value"] is not None)
+
+
 # Tokenizers alone
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,9 @@ def small_world(wm, seed=0):
     torch.manual_seed(seed)
     net = Dynamics(replace(wm.dynamics.config, depth=1, head_depth=1), wm.dynamics.codes)
     net.owned.copy_(wm.dynamics.owned)
+    net.console.facts.load_state_dict(wm.dynamics.console.facts.state_dict())
+    for part in (net.console.tell, net.console.stir): torch.nn.init.normal_(part.weight, std=0.2)     # it has much to say
+    torch.nn.init.normal_(net.console.leave[1].weight)
     torch.nn.init.constant_(net.gate.bias, 0.0)
     return WorldModel(wm.tokenizer, net, wm.folder).ready("cpu", "float32")
 
@@ -161,6 +164,32 @@ def test_players_of_different_games_with_many_seats(wm):
         assert (a != b).float().mean() < 0.01, how
 
 
+def test_what_the_memory_says_is_told_in_an_engine_too(small):
+    "The console stays in PyTorch; to the graphs it is features, logits, and where to look."
+    games = [small.games[0], small.games[6], small.games[0]]
+    frames, actions = (np.stack([part[:n] for part in parts]) for n, parts in zip((8, 7), zip(*(opening(small, g) for g in games))))
+    backend = Backend(small, graphs(small))
+    true = own = small.start(frames, actions, games)
+    assert (true.facts >= 0).any() and small.dynamics.stirs(true.facts[:, None], true.game).abs().max() > 0.01
+    for key in key_presses(4, 6):
+        (a, true), (b, own) = small.step(true, [key] * 3, guidance=1.5), backend.step(own, [key] * 3, guidance=1.5)
+        assert torch.equal(a, b) and torch.equal(true.facts, own.facts) and torch.equal(true.active, own.active)
+    known = torch.full_like(true.tokens, small.dynamics.mask)
+    key, other = torch.tensor([1, 1, 1]), replace(own, facts=own.facts.clamp_min(0) * 0)
+    with torch.inference_mode():
+        (out, gate), (out_, gate_), (_, without) = small.head(true, key, known), backend.head(own, key, known), backend.head(other, key, known)
+    assert torch.allclose(gate, gate_, atol=1e-4) and torch.allclose(out, out_, atol=1e-3) and not torch.allclose(gate_, without, atol=1e-2)
+
+
+def test_an_engine_plays_without_a_memory_too(small):
+    torch.manual_seed(0)
+    net = Dynamics(replace(small.dynamics.config, facts=0), small.dynamics.codes)
+    net.owned.copy_(small.dynamics.owned)
+    torch.nn.init.constant_(net.gate.bias, 0.0)
+    world = WorldModel(small.tokenizer, net, small.folder).ready("cpu", "float32")
+    assert parity(world, Backend(world, graphs(world)), world.games[0], 30).passed
+
+
 def test_the_old_state_stays_valid(wm):
     backend = Backend(wm, graphs(wm))
     clip, actions = opening(wm, wm.games[0])
@@ -173,7 +202,7 @@ def test_graphs_of_the_larger_sizes_shape(small, tmp_path):
     "Every position, always, and no memory in some blocks: as in `tiny`, `base` and `large`, with few channels."
     torch.manual_seed(0)
     own = {name: value for name, value in DYNAMICS_SIZES["tiny"].items() if name not in ("depth", "head_depth", "width", "token_width", "attention_heads")}
-    net = Dynamics(replace(small.dynamics.config, depth=3, head_depth=1, width=64, token_width=8, attention_heads=4, **own, grid=8), small.dynamics.codes)
+    net = Dynamics(replace(small.dynamics.config, depth=3, head_depth=1, width=64, token_width=8, attention_heads=4, facts=0, **own, grid=8), small.dynamics.codes)
     torch.nn.init.constant_(net.gate.bias, 0.0)
     world = WorldModel(Tokenizer(replace(small.tokenizer.config, frame_size=64)), net).ready("cpu", "float32")
     world.tokenizer.quantizer.load_state_dict(small.tokenizer.quantizer.state_dict())

@@ -91,7 +91,11 @@ def test_an_episode_and_its_clips_agree(tmp_path, repository):
     cut = {name: getattr(episode, name)[:39] for name in ("actions", "rewards", "ends")}
     data.write_episode(short, replace(episode, indices=episode.indices[:40], ram=None, **cut))
     tokenize(tokenizer, tmp_path / "play", tmp_path / "tokens")
-    written = dict(np.load(tmp_path / "tokens" / path.parent.name / path.name))
+    written = read_tokens(tmp_path / "tokens" / path.parent.name / path.name)
+    assert written["ram"].shape == (40, 0)              # none was kept
+    data.write_episode(short, replace(episode, indices=episode.indices[:40], ram=episode.ram[:40], **cut))
+    tokenize(tokenizer, tmp_path / "play", tmp_path / "with")
+    assert np.array_equal(read_tokens(tmp_path / "with" / path.parent.name / path.name)["ram"], episode.ram[:40])
     frames = torch.from_numpy(data.resize(data.read_episode(short).frames, 256))
     motion = Shifts(256, 8)
     for start, length in ((0, 5), (7, 12), (20, 1)):
@@ -100,7 +104,7 @@ def test_an_episode_and_its_clips_agree(tmp_path, repository):
         tokens = tokenizer.encode(film)
         changed = tokens[1:] != tokens[:-1]
         matches = motion.matches(film[1:], film[:-1], changed)
-        assert np.array_equal(clip["tokens"], tokens) and np.array_equal(clip["moved"][1:], motion.came(matches, changed))
+        assert clip["ram"].shape == (length + 1, 0) and np.array_equal(clip["tokens"], tokens) and np.array_equal(clip["moved"][1:], motion.came(matches, changed))
         assert np.array_equal(clip["matches"], matches[:, :FEW]) and np.array_equal(clip["where"], changed.flatten().nonzero()[:, 0])
         batch = batch_of([{**clip, "game": np.array(i)} for i in (0, 1)])
         assert torch.equal(matches_of(batch, torch.stack([changed] * 2)), torch.cat([matches[:, :FEW]] * 2))
@@ -205,14 +209,34 @@ def test_corruption_keeps_to_its_level_and_to_the_tokens_of_the_batch():
     assert hit.any() and not hit[~near].any() and hit[near].float().mean() < 0.6     # only where something moves, at a mean level of 0.4
 
 
-def test_token_clips_are_the_same_for_the_same_step(tmp_path):
+def recorded(folder, forgetful=()):
+    "Four episodes of Pong as `tokenize` writes them, some without the console's memory; of which split the last one is."
+    tokens = np.arange(30, dtype=np.uint16)[:, None, None] + np.zeros((30, 8, 8), np.uint16)
+    found = explain(Shifts(64, 8), noise(1, 64).expand(30, -1, -1, -1), torch.from_numpy(tokens.astype(np.int64)))
     for seed in range(4):
-        split = data.split_of(seed)
-        path = data.episode_path(tmp_path, PONG, seed, "mixed")
+        path = data.episode_path(folder, PONG, seed, "mixed")
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokens = np.arange(30, dtype=np.uint16)[:, None, None] + np.zeros((30, 8, 8), np.uint16)
-        found = explain(Shifts(64, 8), noise(1, 64).expand(30, -1, -1, -1), torch.from_numpy(tokens.astype(np.int64)))
-        with open(path, "wb") as file: np.savez(file, tokens=tokens, actions=np.arange(30), **found)
+        ram = np.arange(30, dtype=np.uint8)[:, None] + np.zeros((30, 0 if seed in forgetful else 128), np.uint8)
+        with open(path, "wb") as file: np.savez(file, tokens=tokens, actions=np.arange(30), ram=ram, **found)
+    return data.split_of(3)
+
+
+def test_the_memory_goes_along_where_all_have_one(tmp_path):
+    split = recorded(tmp_path / "all")
+    clips = TokenClips(tmp_path / "all", [PONG], lengths=(4, 8), batch=2, split=split)
+    batch = clips(2)
+    assert clips.remembers and batch["ram"].shape == (2, 5, 128) and batch["ram"].dtype == torch.uint8
+    assert torch.equal(batch["ram"][..., 7].long(), batch["tokens"][..., 0, 0].long())          # each frame beside its own
+    mine = [seed for seed in range(4) if data.split_of(seed) == split]
+    for name, forgetful in (("one", mine[:1]), ("none", mine)):
+        recorded(tmp_path / name, forgetful)
+        clips = TokenClips(tmp_path / name, [PONG], lengths=(4, 8), batch=8, split=split)
+        batch = clips(2)
+        assert not clips.remembers and "ram" not in batch and batch["tokens"].shape == (8, 5, 8, 8)
+
+
+def test_token_clips_are_the_same_for_the_same_step(tmp_path):
+    split = recorded(tmp_path)
     clips = TokenClips(tmp_path, [PONG], lengths=(4, 8), batch=2, split=split)
     one, two = clips(1), clips(1)
     assert one["tokens"].shape == (1, 9, 8, 8) and clips(2)["tokens"].shape == (2, 5, 8, 8)     # as many frames in every step
@@ -225,13 +249,14 @@ def test_token_clips_are_the_same_for_the_same_step(tmp_path):
 def test_damaged_and_old_tokens_are_named(tmp_path):
     film = torch.randint(40, (5, 8, 8))
     path = tmp_path / "00000000-mixed.npz"
-    whole = {"tokens": film.numpy().astype(np.uint16), "actions": np.zeros(5), **explain(Shifts(64, 8), noise(5, 64), film)}
+    whole = {"tokens": film.numpy().astype(np.uint16), "actions": np.zeros(5), "ram": np.zeros((5, 128), np.uint8), **explain(Shifts(64, 8), noise(5, 64), film)}
     np.savez(path, **whole)
     assert np.array_equal(read_tokens(path)["tokens"], film)
     content = path.read_bytes()
     for kept in (0, 3, 100, len(content) // 2, len(content) - 5):
         path.write_bytes(content[:kept])
         with pytest.raises(ValueError, match="00000000-mixed.npz is damaged.*delete"): read_tokens(path)
-    np.savez(path, tokens=whole["tokens"], actions=whole["actions"])
-    with pytest.raises(ValueError, match="00000000-mixed.npz.*older version"): read_tokens(path)
+    for missing in ("ram", "moved", "matches"):
+        np.savez(path, **{name: part for name, part in whole.items() if name != missing})
+        with pytest.raises(ValueError, match="00000000-mixed.npz.*older version.*delete"): read_tokens(path)
     with pytest.raises(ValueError, match="nothing.npz"): read_tokens(tmp_path / "nothing.npz")
