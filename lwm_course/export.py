@@ -465,7 +465,7 @@ class OnnxRuntime(Engine):
 
 # %% ../nbs/14_export.ipynb #exp00075
 class OnnxInt8(OnnxRuntime):
-    "ONNX Runtime, CPU; weights of matrix products in 8 bits, one grid per channel, and what they are multiplied with rounded as it comes."
+    "ONNX Runtime, CPU; weights of matrix products in 8 bits, of which one stays free, one grid per channel, and what they are multiplied with rounded as it comes."
     precision, floats = "int8", "net.finer"      # the part that stays float32: it minds rounding most (chapter 13)
 
     @staticmethod
@@ -476,7 +476,7 @@ class OnnxInt8(OnnxRuntime):
         kept = [node.name for node in model.graph.node for note in node.metadata_props
                 if note.key == "pkg.torch.onnx.name_scopes" and OnnxInt8.floats in note.value]
         logging.disable(logging.WARNING)    # it would recommend what has just been done
-        try: tool.quantize_dynamic(model, file, per_channel=True, weight_type=tool.QuantType.QInt8,
+        try: tool.quantize_dynamic(model, file, per_channel=True, weight_type=tool.QuantType.QInt8, reduce_range=True,   # 7 bits: see above
                                    op_types_to_quantize=["MatMul", "Gemm"], nodes_to_exclude=kept)
         finally: logging.disable(logging.NOTSET)
 

@@ -537,6 +537,7 @@ def test_the_command_measures_and_reports(tmp_path, capsys, monkeypatch):
     assert "motion_ratio" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_games_measured_at_once_are_measured_alike(tmp_path, capsys):
     small_world().save_pretrained(tmp_path / "model")
     for game in (PONG, TETRIS): shutil.copytree(SAMPLES / data.slug(game), tmp_path / "play" / data.slug(game))

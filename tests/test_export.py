@@ -1,5 +1,6 @@
 "Seats instead of rows, four graphs, and engines that play as PyTorch does."
 import argparse
+import importlib
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from lwm_course import course, export
+from lwm_course.console import Facts
 from lwm_course.course import main
 from lwm_course.dynamics import WorldModel
 from lwm_course.network import DYNAMICS_SIZES, Dynamics
@@ -29,11 +31,13 @@ def wm():
 
 
 def small_world(wm, seed=0):
-    "One block each, untrained, with a gate that opens."
+    "One block each, untrained, with a gate that opens, and a memory of six bytes."
     torch.manual_seed(seed)
-    net = Dynamics(replace(wm.dynamics.config, depth=1, head_depth=1), wm.dynamics.codes)
+    kept = Facts.of([[np.random.default_rng(game).integers(5, size=(60, 128), dtype=np.uint8)] for game in range(len(wm.games))], facts=6)
+    values, strides = kept.sizes
+    net = Dynamics(replace(wm.dynamics.config, depth=1, head_depth=1, facts=6, values=values, strides=strides), wm.dynamics.codes)
     net.owned.copy_(wm.dynamics.owned)
-    net.console.facts.load_state_dict(wm.dynamics.console.facts.state_dict())
+    net.console.facts.load_state_dict(kept.state_dict())
     for part in (net.console.tell, net.console.stir): torch.nn.init.normal_(part.weight, std=0.2)     # it has much to say
     torch.nn.init.normal_(net.console.leave[1].weight)
     torch.nn.init.constant_(net.gate.bias, 0.0)
@@ -305,6 +309,14 @@ def test_eight_bits_are_smaller_and_round(folders):
     sizes = [sum(file.stat().st_size for file in (out/target).glob("*.onnx")) for target in ("onnx", "onnx-int8")]
     assert sizes[1] < 0.9 * sizes[0]
     assert all(1e-4 < p["first_gate"] for p in manifests["onnx-int8"]["parity"]) and all(p["first_gate"] < 1e-4 for p in manifests["onnx"]["parity"])
+
+
+def test_eight_bit_weights_keep_a_bit_free(folders):
+    "Two products of 8 bits do not fit the 16 in which a processor without VNNI adds them."
+    onnx = importlib.import_module("onnx")
+    weights = [onnx.numpy_helper.to_array(x) for file in (folders[0]/"onnx-int8").glob("*.onnx") for x in onnx.load(file).graph.initializer
+               if x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 2]
+    assert len(weights) > 10 and all(np.abs(w.astype(int)).max() <= 64 for w in weights)
 
 
 def test_manifest_says_what_it_is(small, folders):
