@@ -64,6 +64,7 @@ class Facts(_Facts):
         "How many values there are, and how many steps, of all bytes of all games."
         return int(self.values.sum()), int(self.strides.sum())
 
+    @torch.inference_mode(False)        # made in play, they serve in training as well
     def of_game(self, g: int) -> SimpleNamespace:
         "How many facts, values and steps a game has; of each row of values its fact and its number; and back."
         if g not in self._games:

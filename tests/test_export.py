@@ -38,7 +38,8 @@ def small_world(wm, seed=0):
     net = Dynamics(replace(wm.dynamics.config, depth=1, head_depth=1, facts=6, values=values, strides=strides), wm.dynamics.codes)
     net.owned.copy_(wm.dynamics.owned)
     net.console.facts.load_state_dict(kept.state_dict())
-    for part in (net.console.tell, net.console.stir): torch.nn.init.normal_(part.weight, std=0.2)     # it has much to say
+    torch.nn.init.normal_(net.console.tell.weight, std=0.2)      # it has much to say, but not that everything stirs
+    torch.nn.init.normal_(net.console.stir.weight, std=0.02)
     torch.nn.init.normal_(net.console.leave[1].weight)
     torch.nn.init.constant_(net.gate.bias, 0.0)
     return WorldModel(wm.tokenizer, net, wm.folder).ready("cpu", "float32")
