@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'REACH', 'FEW', 'STAYED', 'NEW', 'ANY', 'MOVED', 'LONG', 'shifts', 'Motion', 'ranks', 'Shifts', 'Came',
-           'Pictures', 'Onward', 'halfway', 'older', 'ages', 'ages_at', 'explain', 'tokenize', 'read_tokens', 'clip_of',
-           'matches_of', 'unspoilt', 'of_clip', 'batch_of', 'TokenClips', 'previous', 'corrupt', 'vanish']
+           'Pictures', 'Onward', 'halfway', 'older', 'ages', 'ages_at', 'explain', 'write_tokens', 'tokenize',
+           'read_tokens', 'follows', 'decisions', 'clip_of', 'matches_of', 'unspoilt', 'of_clip', 'batch_of',
+           'TokenClips', 'previous', 'corrupt', 'vanish']
 
 # %% ../nbs/06b_motion.ipynb #mot00005
 import math, zipfile, zlib
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -295,25 +298,36 @@ def explain(motion: Shifts,
              "moved": motion.came(matches, changed)[changed].short()}
     return {name: value.numpy() for name, value in found.items()}
 
+# %% ../nbs/06b_motion.ipynb #mot00074
+def write_tokens(tokenizer: Tokenizer, motion: Shifts,
+                 path: Path, target: Path,     # an episode of chapter 01, and its tokens
+                 threads: int | None = None    # of this process; None: as they are
+                 ) -> None:
+    "Encode every frame of an episode: two bytes per token, what `explain` finds, and the console's memory where it was recorded."
+    if threads: torch.set_num_threads(threads)
+    episode = data.read_episode(path)
+    frames = torch.from_numpy(data.resize(episode.frames, tokenizer.frame_size[0]))
+    tokens = tokenizer.encode(frames).cpu()
+    came_by = np.concatenate([[0], episode.actions])   # the key that led to each frame
+    ram = np.zeros((len(tokens), 0), np.uint8) if episode.ram is None else episode.ram
+    with course.atomic(target) as temporary, open(temporary, "wb") as file:
+        np.savez(file, tokens=tokens.numpy().astype(np.uint16), actions=came_by, ram=ram, **explain(motion, frames, tokens))
+
 
 def tokenize(tokenizer: Tokenizer,
              folder: str | Path,     # episodes of chapter 01
              out: str | Path,        # one .npz for each episode; those that are there are kept
              games: list[str] | None = None,
-             reach: tuple[int, int] = REACH, drawn: tuple[int, int] = DRAWN   # of `Motion`
+             reach: tuple[int, int] = REACH, drawn: tuple[int, int] = DRAWN,   # of `Motion`
+             workers: int | None = 1   # processes; None: one per core; a GPU serves one
              ) -> Path:
-    "Encode every frame of every episode once: two bytes per token, what `explain` finds, and the console's memory where it was recorded."
-    out, motion = Path(out), Shifts(tokenizer.frame_size[0], tokenizer.config.patch, reach, drawn)
-    for path in tqdm(data.episodes(folder, games), desc="tokens", unit="episode"):
-        target = out / path.parent.name / path.name
-        if target.exists(): continue
-        episode = data.read_episode(path)
-        frames = torch.from_numpy(data.resize(episode.frames, tokenizer.frame_size[0]))
-        tokens = tokenizer.encode(frames).cpu()
-        came_by = np.concatenate([[0], episode.actions])   # the key that led to each frame
-        ram = np.zeros((len(tokens), 0), np.uint8) if episode.ram is None else episode.ram
-        with course.atomic(target) as temporary, open(temporary, "wb") as file:
-            np.savez(file, tokens=tokens.numpy().astype(np.uint16), actions=came_by, ram=ram, **explain(motion, frames, tokens))
+    "Encode every frame of every episode once."
+    out, motion, paths = Path(out), Shifts(tokenizer.frame_size[0], tokenizer.config.patch, reach, drawn), data.episodes(folder, games)
+    on_cpu = next(iter(tokenizer.state_dict().values())).device.type == "cpu"
+    workers = (workers or data.cores()) if on_cpu else 1
+    jobs = [(tokenizer, motion, path, target, 1 if workers > 1 else None) for path in paths
+            if not (target := out / path.parent.name / path.name).exists()]
+    for _ in data.run_jobs(write_tokens, jobs, workers, desc="tokens", unit="episode", total=len(paths), initial=len(paths) - len(jobs)): pass
     return out
 
 # %% ../nbs/06b_motion.ipynb #mot00052
@@ -326,6 +340,33 @@ def read_tokens(path: str | Path) -> dict[str, np.ndarray]:   # written by `toke
     if not {"tokens", "actions", "first", "where", "matches", "moved", "ram"} <= episode.keys():
         raise ValueError(f"{path} lacks shifts or the console's memory, it is of an older version: delete it, and it will be made again")
     return episode
+
+# %% ../nbs/06b_motion.ipynb #decide02
+def follows(steps: np.ndarray,  # uint8 (N, 128), what every byte did
+            keys: np.ndarray    # int (N,), what was held
+            ) -> np.ndarray:    # (128,) nats
+    "How much the steps of each byte tell about the key: their mutual information."
+    def told(step):
+        joint = np.bincount(step.astype(np.int64) * n + keys, minlength=256 * n).reshape(256, n) / len(keys)
+        apart = joint.sum(1, keepdims=True) * joint.sum(0)
+        return np.sum(joint * np.log(joint / np.where(joint > 0, apart, 1), where=joint > 0, out=np.zeros_like(joint)))
+    n = keys.max() + 1
+    return np.array([told(step) for step in steps.T])
+
+
+def decisions(episodes: list[dict],   # of one game, as `tokenize` writes them, with the console's memory
+              few: int = 4,           # bytes, those that follow the key most
+              most: float = 6.0       # nats; what is rarer is a new game, not a key
+              ) -> list[np.ndarray]:  # (T,) nats for each episode
+    "How little each frame's steps follow from those before them, in the bytes that follow the key."
+    steps, found = [np.diff(e["ram"], axis=0) for e in episodes], [np.zeros(len(e["ram"])) for e in episodes]
+    told = follows(np.concatenate(steps), np.concatenate([e["actions"][1:] for e in episodes]).astype(np.int64))
+    for byte in np.argsort(-told, kind="stable")[:few]:
+        pairs = np.zeros((256, 256))
+        for step in steps: np.add.at(pairs, (step[:-1, byte], step[1:, byte]), 1)
+        rare = -np.log(np.maximum(pairs, 1) / np.maximum(pairs.sum(1, keepdims=True), 1)).clip(max=most)
+        for nats, step in zip(found, steps): nats[2:] += told[byte] * rare[step[:-1, byte], step[1:, byte]]
+    return [nats / max(np.sort(told)[-few:].sum(), 1e-9) for nats in found]
 
 # %% ../nbs/06b_motion.ipynb #mot00027
 def clip_of(episode: dict,  # as `tokenize` writes it
@@ -407,8 +448,30 @@ class _Clips:
         found = [np.unique(np.concatenate([np.unique(e["tokens"]) for e in episodes])) for episodes in self.episodes]
         return torch.stack([torch.from_numpy(np.isin(np.arange(codebook), codes)) for codes in found])
 
+# %% ../nbs/06b_motion.ipynb #mot00073
+class _Chosen(_Clips):
+    "Which clips are taken."
+    def __init__(self, *args,               # of `_Clips`
+                 decisive: float = 0.5,     # share of clips in which a key decides something, where play has the console's memory
+                 more: Iterable[str] = (),  # these games come once more in every round
+                 **named):
+        super().__init__(*args, **named)
+        self.decisive, self.order = decisive * self.remembers, [*range(len(self.games)), *map(self.games.index, more)]
+
+    @cached_property
+    def decided(self) -> list[list[np.ndarray]]:
+        "Of each episode of each game, how much is decided up to each frame."
+        return [[np.square(nats).cumsum() for nats in decisions(episodes)] for episodes in self.episodes]
+
+    def first_frame(self, rng: np.random.Generator, game: int, which: int, length: int) -> int:
+        "Of a clip: anywhere in an episode, or so that something is decided in it."
+        last = len(self.episodes[game][which]["tokens"]) - length - 1
+        if rng.random() >= self.decisive or not (total := self.decided[game][which])[-1]: return rng.integers(last + 1)
+        decision = np.searchsorted(total, rng.random() * total[-1], side="right")
+        return int(np.clip(decision - rng.integers(1, length + 1), 0, last))
+
 # %% ../nbs/06b_motion.ipynb #mot00072
-class TokenClips(_Clips):
+class TokenClips(_Chosen):
     "Training batches for the dynamics: clips of T+1 frames of tokens, every game equally often."
     def __call__(self, step: int) -> dict: return self.part(step, 0, 1)
 
@@ -417,10 +480,10 @@ class TokenClips(_Clips):
         rng, (turn, slot) = np.random.default_rng([self.seed, step * world + rank]), divmod(step, len(self.lengths))
         length, clips = self.lengths[slot], []
         for i in range(count := max(1, self.batch * min(self.lengths) // length)):      # as many frames in every step
-            game = ((turn * world + rank) * count + i) % len(self.games)
-            episode = self.episodes[game][rng.integers(len(self.episodes[game]))]
-            clips.append({"game": np.array(game), "weight": self.weight[game]} |
-                         clip_of(episode, rng.integers(len(episode["tokens"]) - length), length))
+            game = self.order[((turn * world + rank) * count + i) % len(self.order)]
+            which = int(rng.integers(len(self.episodes[game])))
+            clip = clip_of(self.episodes[game][which], self.first_frame(rng, game, which, length), length)
+            clips.append({"game": np.array(game), "weight": self.weight[game]} | clip)
             if not self.remembers: clips[-1].pop("ram")
         return batch_of(clips)
 

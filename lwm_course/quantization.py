@@ -8,7 +8,8 @@ __all__ = ['SCHEMES', 'QUICK', 'SHOWN', 'Grid', 'symmetric', 'affine', 'minmax',
            'RoundedLinear', 'balance', 'Scheme', 'put', 'round_inputs', 'pack', 'quantize', 'packed_state',
            'save_quantized', 'file_bytes', 'unpack_tensor', 'fill', 'load_quantized', 'divergence', 'sensitivity',
            'choose_wide', 'drift', 'rounded_state', 'OnGrid', 'clip_batches', 'finetune', 'Measure', 'prepare',
-           'yardstick', 'endurance', 'measure_schemes', 'scheme_table', 'run_quantize', 'quantize_command']
+           'yardstick', 'endurance', 'measure_scheme', 'beside_float32', 'measure_schemes', 'scheme_table',
+           'run_quantize', 'quantize_command']
 
 # %% ../nbs/13_quantization.ipynb #q13c006
 import copy, functools, math, shutil
@@ -631,29 +632,51 @@ def endurance(wm: WorldModel, effort: Measure) -> tuple[list[course.Figure], np.
         every_player.append(own)
     return figures, np.concatenate(every_player)
 
+# %% ../nbs/13_quantization.ipynb #q13c09z
+def measure_scheme(wm: WorldModel,       # in float32
+                   name: str,            # of `SCHEMES`
+                   out: str | Path,      # a folder for the scheme, ready to play, in this one
+                   effort: Measure,
+                   threads: int | None = None   # of this process; None: as they are
+                   ) -> tuple[str, list[course.Figure], Scheme, np.ndarray]:   # its name and figures, what it was in the end, how long every player's world holds
+    "Size and yardstick of a scheme, read back from its file."
+    if threads: torch.set_num_threads(threads)
+    context = Context.of(wm, frames=effort.context)
+    prepared = prepare(wm, name, context, effort)
+    folder = save_quantized(prepared, Path(out) / name)
+    other = WorldModel.from_pretrained(str(folder), "cpu", SCHEMES[name].dtype)
+    lasts, holds = endurance(other, effort)
+    own = [course.Figure("file", file_bytes(folder) / 1e6, "MB"),
+           course.Figure("divergence", divergence(wm.dynamics, other.dynamics, context), "nats per frame", n=context.actions.numel(), ceiling=0.0)]
+    return name, [replace(f, source=name) for f in own + yardstick(other, effort) + lasts], prepared.scheme, holds
+
+
+def beside_float32(found: dict,    # scheme -> figures, scheme and frames, of `measure_scheme`
+                   name: str, seed: int) -> list[course.Figure]:
+    "A scheme's figures, and those that compare it with float32."
+    own, whole = ([f.value for f in found[scheme][0] if f.name == "file"][0] for scheme in (name, "float32"))
+    ratio = course.Figure("file_ratio", own / whole, baseline=1.0, source=name)
+    figures = [replace(f, baseline=whole) if f.name == "file" else f for f in found[name][0]]
+    if name == "float32": return [*figures, ratio]
+    change = figure("horizon_change", np.mean, found[name][2] - found["float32"][2], unit="frames", seed=seed, baseline=0.0)
+    return [*figures, ratio, replace(change, source=name)]
+
 # %% ../nbs/13_quantization.ipynb #q13c096
 def measure_schemes(wm: WorldModel,        # in float32
                     names: list[str],      # of `SCHEMES`; float32 is always measured, first
                     out: str | Path,       # a folder for each scheme, ready to play
                     effort: Measure,
-                    keep: Callable = lambda figures, schemes: None   # called after each scheme with what there is
+                    keep: Callable = lambda figures, schemes: None,  # called after each scheme with what there is
+                    workers: int = 1       # schemes measured at once, each in a process of its own
                     ) -> tuple[list[course.Figure], dict[str, Scheme]]:   # `source` names the scheme; what each was in the end
-    "Size and yardstick of every scheme, read back from its file."
-    names, figures, schemes, out, first = ["float32", *(n for n in names if n != "float32")], [], {}, Path(out), None
-    context = Context.of(wm, frames=effort.context)
-    for name in tqdm(names, desc="schemes", unit="scheme"):
-        prepared = prepare(wm, name, context, effort)
-        folder, schemes[name], kind = save_quantized(prepared, out / name), prepared.scheme, SCHEMES[name].dtype
-        other = WorldModel.from_pretrained(str(folder), "cpu", kind)
-        whole, size = file_bytes(out / "float32"), file_bytes(folder)
-        figures += [course.Figure("file", size / 1e6, "MB", baseline=whole / 1e6, source=name),
-                    course.Figure("file_ratio", size / whole, baseline=1.0, source=name),
-                    course.Figure("divergence", divergence(wm.dynamics, other.dynamics, context), "nats per frame",
-                                  n=context.actions.numel(), ceiling=0.0, source=name)]
-        lasts, holds = endurance(other, effort)
-        if first is None: first = holds
-        else: lasts.append(figure("horizon_change", np.mean, holds - first, unit="frames", seed=effort.seed, baseline=0.0))
-        figures += [replace(f, source=name) for f in yardstick(other, effort) + lasts]
+    "Size and yardstick of every scheme."
+    names, found, figures = ["float32", *(n for n in names if n != "float32")], {}, []
+    jobs = [(wm, name, out, effort, 1 if workers > 1 else None) for name in names]
+    for name, *rest in data.run_jobs(measure_scheme, jobs, workers, desc="schemes", unit="scheme"):
+        found[name] = rest
+        if "float32" not in found: continue      # there is nothing to compare with yet
+        there = [name for name in names if name in found]
+        figures, schemes = [f for name in there for f in beside_float32(found, name, effort.seed)], {name: found[name][1] for name in there}
         keep(figures, schemes)
     return figures, schemes
 
@@ -683,7 +706,7 @@ def run_quantize(args) -> None:
     def keep(figures, schemes):
         if args.json: course.save_results(args.json, args.line, figures, args.seed, model=args.model, split=args.split, quick=args.quick,
                                           complete=len(schemes) == len({"float32", *args.scheme}), schemes={name: asdict(scheme) for name, scheme in schemes.items()})
-    figures, _ = measure_schemes(wm, args.scheme, args.out, effort, keep)
+    figures, _ = measure_schemes(wm, args.scheme, args.out, effort, keep, args.workers)
     print(scheme_table([asdict(f) for f in figures]))
 
 
@@ -698,6 +721,7 @@ def quantize_command(parser) -> None:
     parser.add_argument("--split", default="val", help="of the episodes that are measured on: val, or test for the final report")
     for name, what in dict(qat_steps="steps of fine-tuning, for int8-qat and int4-qat", horizon="frames of free play", players="players of each game in it").items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, help=f"{what} (default: {getattr(Measure, name)}, with --quick {QUICK[name]})")
+    parser.add_argument("--workers", type=int, default=1, help="schemes measured at once, each in a process of its own (default: 1)")
     parser.add_argument("--quick", action="store_true", help="two games, two clips, two steps: does it work?")
     parser.add_argument("--json", help="write the figures to this file, for example results/quantization.json")
     parser.set_defaults(run=run_quantize)

@@ -83,6 +83,19 @@ def test_ranks_count_within_a_number(values):
     assert ranks(torch.tensor(values, dtype=torch.long), 10).tolist() == [i - values.index(v) for i, v in enumerate(values)]
 
 
+def test_several_processes_write_the_same_tokens(tmp_path, repository):
+    tokenizer, samples = Tokenizer.from_pretrained("nano", "cpu", "float32"), repository / "data_samples"
+    for path in data.episodes(samples, [PONG, FREEWAY])[:3]:
+        episode = data.read_episode(path)
+        cut = {name: getattr(episode, name)[:11] for name in ("actions", "rewards", "ends")}
+        data.write_episode(tmp_path / "play" / path.parent.name / path.name, replace(episode, indices=episode.indices[:12], ram=episode.ram[:12], **cut))
+    folders = [tokenize(tokenizer, tmp_path / "play", tmp_path / str(workers), workers=workers) for workers in (1, 2)]
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*.npz")) for folder in folders]
+    assert len(files[0]) == 3 and files[0] == files[1]
+    for one, two in ([read_tokens(folder / name) for folder in folders] for name in files[0]):
+        assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
 def test_an_episode_and_its_clips_agree(tmp_path, repository):
     tokenizer, samples = Tokenizer.from_pretrained("nano", "cpu", "float32"), repository / "data_samples"
     path = data.episodes(samples, [PONG])[0]
@@ -233,6 +246,26 @@ def test_the_memory_goes_along_where_all_have_one(tmp_path):
         clips = TokenClips(tmp_path / name, [PONG], lengths=(4, 8), batch=8, split=split)
         batch = clips(2)
         assert not clips.remembers and "ram" not in batch and batch["tokens"].shape == (8, 5, 8, 8)
+
+
+def test_half_of_the_clips_are_where_a_key_decides(tmp_path):
+    split = recorded(tmp_path)
+    for path in data.episodes(tmp_path, [PONG], split):         # the key turns a walk round once, in frame 20
+        with np.load(path) as file: episode = dict(file)
+        episode["ram"][:, 7], episode["actions"] = np.concatenate([[0], np.where(np.arange(1, 30) < 20, 3, 253).cumsum() % 256]), np.arange(30) >= 20
+        with open(path, "wb") as file: np.savez(file, **episode | {"actions": episode["actions"].astype(np.int64)})
+    turned = lambda share: np.mean([(clip[:-1] <= 19).any() and (clip[1:] >= 20).any()
+                                    for clip in TokenClips(tmp_path, [PONG], (4,), 256, split, decisive=share)(0)["tokens"][..., 0, 0].numpy()])
+    by_chance = 4 / 26          # of 26 places for a clip of five frames
+    assert turned(1.0) > 0.95 and abs(turned(0.5) - (1 + by_chance) / 2) < 0.1 and abs(turned(0.0) - by_chance) < 0.1
+
+
+def test_a_game_gets_more_clips(tmp_path):
+    for game in (PONG, FREEWAY):
+        split = recorded(tmp_path / game)
+        if game == FREEWAY: data.episode_path(tmp_path / PONG, FREEWAY, 0, "mixed").parent.symlink_to(data.episode_path(tmp_path / game, PONG, 0, "mixed").parent)
+    clips = lambda more: TokenClips(tmp_path / PONG, [PONG, FREEWAY], (4,), 12, split, more=more)(0)["game"].bincount().tolist()
+    assert clips(()) == [6, 6] and clips([FREEWAY]) == [4, 8] and clips([PONG, PONG]) == [9, 3]
 
 
 def test_token_clips_are_the_same_for_the_same_step(tmp_path):
