@@ -388,23 +388,41 @@ class _Answers(_Starts):
         "A closer look at some tokens."
         return self.dynamics.closer(out[chosen], chosen, *self.seen(state), known)
 
-    def told_answer(self, state: PlayState, key: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        "As `answer`, told by the console's memory, where there is one."
-        if (lines := self.dynamics.lines(state.facts[:, None], key[:, None], state.game)) is None: return self.answer(state, key, known)
+# %% ../nbs/07_dynamics.ipynb #7e96955a
+class _Guided(_Answers):
+    "What the head says, told by the console's memory, and guided by the key."
+    def asked(self, action: Tensor, guidance: float | None) -> tuple[Tensor, float]:   # (B,) -> (B,) or (2 B,), and how much the key counts
+        "For which keys: where answers are guided, for the held one and, as if of other players, for none."
+        if guidance is None: guidance = self.dynamics.config.guidance
+        return action if guidance == 1 else torch.cat([action, torch.full_like(action, -1)]), guidance
+
+    def hints(self, state: PlayState, action: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor] | None:   # `Dynamics.lines` of those keys
+        "What the console's memory says of the next frame, where there is one. Once per frame will do."
+        if self.dynamics.console is None: return None
+        key, _ = self.asked(action, guidance)
+        times = len(key) // len(action)
+        return self.dynamics.lines(state.facts.repeat(times, 1)[:, None], key[:, None], state.game.repeat(times))
+
+    def told_answer(self, state: PlayState, key: Tensor, known: Tensor, lines: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        "As `answer`, told by `hints`."
+        if lines is None: return self.answer(state, key, known)
         told = self.dynamics.told(lines, state.active)
         return told.beside(*self.answer(replace(state, features=self.dynamics.hinted(state.features, state.active, told)), key, known))
 
-    def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
-        "As `answer`, guided by the key (asked with it and without, as two players), and `bold`."
-        if guidance is None: guidance = self.dynamics.config.guidance
-        if guidance == 1: out, gate = self.told_answer(state, action, known)
+    def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None,
+             lines: tuple[Tensor, Tensor] | None = None     # of `hints`; None: they are asked for
+             ) -> tuple[Tensor, Tensor]:
+        "As `answer`, guided by the key, and `bold`."
+        if lines is None: lines = self.hints(state, action, guidance)
+        key, guidance = self.asked(action, guidance)
+        if guidance == 1: out, gate = self.told_answer(state, key, known, lines)
         else:
-            answers = self.told_answer(state.some(lambda part: torch.cat([part, part])), torch.cat([action, torch.full_like(action, -1)]), torch.cat([known, known]))
+            answers = self.told_answer(state.some(lambda part: torch.cat([part, part])), key, torch.cat([known, known]), lines)
             out, gate = (torch.lerp(free, own, guidance) for own, free in (answer.chunk(2) for answer in answers))
         return out, torch.where(gate == SURE, gate, gate - self.dynamics.config.bold)
 
 # %% ../nbs/07_dynamics.ipynb #7e969559
-class _Weighs(_Answers):
+class _Weighs(_Guided):
     "How likely each next token is."
     @torch.inference_mode()
     def logits(self, state: PlayState, action: Tensor) -> Tensor:  # (B, h, w, codebook)
@@ -475,16 +493,18 @@ class _Refines(_Waits):
         if temperature < 0: raise ValueError(f"temperature must not be negative, got {temperature}")
         if refine < 1: raise ValueError(f"refine must be at least 1, got {refine}")
         known, shift = torch.full_like(state.tokens, self.dynamics.mask), torch.full_like(state.tokens, -1)
-        out, gate = self.head(state, action, known, guidance)
+        lines = self.hints(state, action, guidance)
+        out, gate = self.head(state, action, known, guidance, lines)
         due = state.due + F.softplus(-gate)
         if temperature == 0 and (late := self.overdue(gate, state.due)).any():
             tokens, by, _ = self.choose(state, out, torch.where(late, -gate, gate.clamp_min(0)), known, temperature, 0)     # these alone
             known, shift = torch.where(late, tokens, known), torch.where(late, by, shift)
             who = late.flatten(1).any(1)      # what goes along with it?
-            out[who], gate[who] = self.head(state.some(lambda part: part[who]), action[who], known[who], guidance)
+            theirs = lines and tuple(line.unflatten(0, (-1, len(who)))[:, who].flatten(0, 1) for line in lines)
+            out[who], gate[who] = self.head(state.some(lambda part: part[who]), action[who], known[who], guidance, theirs)
             due[who] = 0                      # the chances are spent
         for k in range(refine):
-            if k: out, gate = self.head(state, action, known, guidance)
+            if k: out, gate = self.head(state, action, known, guidance, lines)
             tokens, by, sure = self.choose(state, out, gate, known, temperature, k)
             open_ = known == self.dynamics.mask
             doubt = (open_ & (sure < SETTLED)).flatten(1)

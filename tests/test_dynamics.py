@@ -318,6 +318,23 @@ def test_facts_count_and_nobody_elses(wise):
         assert torch.equal(together.tokens[1], alone.tokens[0]) and torch.equal(together.facts[1], alone.facts[0]) and close(many[1], one[0])
 
 
+def test_the_memory_is_asked_once_per_frame(wise, monkeypatch):
+    "However often the head is asked, of all players or of those for whom something is overdue; and the answers are the same."
+    frames, keys = play_of()
+    state, key = wise.start(frames, keys, [PONG, FREEWAY, PONG]), torch.tensor([1, 2, 0])
+    late = replace(state, due=torch.where(torch.arange(3)[:, None, None] == 1, 9.0, state.due))
+    asked, heads, lines, head = [], [], wise.dynamics.lines, wise.head
+    monkeypatch.setattr(wise.dynamics, "lines", lambda *how: asked.append(how) or lines(*how))
+    for guidance in (1.0, 1.5):
+        monkeypatch.setattr(wise, "head", lambda state, *how: heads.append(len(state.facts)) or head(state, *how))
+        once = wise.next_tokens(late, key, refine=3, guidance=guidance)
+        assert len(asked) == 1 and len(heads) > 1
+        monkeypatch.setattr(wise, "head", lambda *how: head(*how[:4]))      # each time anew
+        assert all(map(torch.equal, once, wise.next_tokens(late, key, refine=3, guidance=guidance))) and len(asked) > 2
+        asked.clear()
+    assert 1 in heads and 3 in heads        # the one for whom something is overdue, and all
+
+
 def test_an_old_state_and_the_other_players_keep_their_facts(wise):
     frames, keys = play_of()
     state = wise.start(frames, keys, [PONG, FREEWAY, PONG], seed=[1, 2, 3])
@@ -478,7 +495,7 @@ def test_refinement_settles_changes_pass_by_pass(monkeypatch):
     torch.nn.init.constant_(world.dynamics.gate.bias, -1.0)         # most tokens of a row change,
     torch.nn.init.normal_(world.dynamics.closeup.answer.weight)              # ... and come from somewhere
     head = world.head
-    monkeypatch.setattr(world, "head", lambda state, action, known, guidance: asked.append(known) or head(state, action, known, guidance))
+    monkeypatch.setattr(world, "head", lambda state, action, known, *how: asked.append(known) or head(state, action, known, *how))
     frames, keys = play_of(2)
     state = world.start(frames, keys, PONG)
     tokens, *_ = world.next_tokens(state, torch.tensor([1, 2]), refine=3)
@@ -518,9 +535,9 @@ def test_closer_looks_settle_the_surest_and_show_them_to_the_rest(monkeypatch):
 def by_gates(world, monkeypatch, gates):
     "The world's head, but with other copy logits: `gates(known)`. Returns what was known in each pass."
     asked, head = [], world.head
-    def answer(state, action, known, guidance):
+    def answer(state, action, known, *how):
         asked.append(known)
-        return head(state, action, known, guidance)[0], gates(known)
+        return head(state, action, known, *how)[0], gates(known)
     monkeypatch.setattr(world, "head", answer)
     return asked
 
