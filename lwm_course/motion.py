@@ -452,7 +452,7 @@ class _Clips:
 class _Chosen(_Clips):
     "Which clips are taken."
     def __init__(self, *args,               # of `_Clips`
-                 decisive: float = 0.5,     # share of clips in which a key decides something, where play has the console's memory
+                 decisive: float = 0.0,     # share of clips in which a key decides something, where play has the console's memory
                  more: Iterable[str] = (),  # these games come once more in every round
                  **named):
         super().__init__(*args, **named)

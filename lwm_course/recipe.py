@@ -173,12 +173,12 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
                    size: str = "nano",            # of `DYNAMICS_SIZES`
                    start: Dynamics | None = None, # trained before on these games: go on from its weights
                    console: float = SHARE, # of the training time is the console's; 0: a new network has none
-                   more: tuple[str, ...] = (),  # games that come once more in every round
+                   decisive: float = 0.0, more: tuple[str, ...] = (),  # of `TokenClips`
                    quiet: bool = False     # show nothing
                    ) -> Dynamics:
     "Train the dynamics on tokens; continues an interrupted run."
     torch.manual_seed(config.seed)
-    clips = TokenClips(tokens, list(games), batch=max(8, len(games)), seed=config.seed, more=more)
+    clips = TokenClips(tokens, list(games), batch=max(8, len(games)), seed=config.seed, decisive=decisive, more=more)
     model = start or new_dynamics(tokenizer, games, size, clips, console > 0)
     model.requires_grad_(True)      # a loaded one is frozen
     if start: recipe = replace(recipe, self_from=0)
@@ -188,7 +188,7 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
         config = replace(config, minutes=config.minutes and (1 - console) * config.minutes)
     if model.console: model.console.keep_rules()
     model.owned.copy_(clips.owned(model.config.codebook))
-    held = TokenClips(tokens, list(games), batch=len(games), split="val", seed=config.seed, decisive=0.0)
+    held = TokenClips(tokens, list(games), batch=len(games), split="val", seed=config.seed)
     loss = lambda m, batch, step: dynamics_loss(m, batch, step, recipe)
     plain = replace(recipe, corrupt=0.0, vanish=0.0, linger=0.0, action_dropout=0.0, masked=1.0, doubt=0, told=0.0, self_share=0.0, forget=0.0)
     def valid(m):
@@ -215,7 +215,7 @@ def _dynamics_step(args, start: WorldModel | None) -> Dynamics:
     config = training.TrainConfig(minutes=minutes, seed=args.seed, lr=args.lr, ema=0.995, weight_decay=0.05, muon=True,
                                   cost_per_hour=args.cost_per_hour)
     return train_dynamics(tokens, names, tokenizer, out / "dynamics", config, size=args.size, start=start and start.dynamics,
-                          console=args.console, more=args.more)
+                          console=args.console, decisive=args.decisive, more=args.more)
 
 # %% ../nbs/recipe.ipynb #dc6ad70c
 def _finish(args, start: WorldModel | None, dynamics: Dynamics, began: float) -> None:
@@ -258,6 +258,7 @@ def train(args) -> None:
     start, games = WorldModel.from_pretrained(args.start, "cpu", "float32") if args.start else None, args.games
     if start and args.tokenizer_minutes and start.tokenizer.config.quantizer in PLACED:
         raise ValueError(f"The tokenizer of {args.start} is a dictionary: it has no decoder to train, leave out --tokenizer-minutes")
+    if not 0 <= args.decisive <= 1: raise ValueError("--decisive must be from 0 to 1: it is a share of the clips")
     if unknown := [game for game in args.more if game not in games]: raise ValueError(f"--more {unknown[0]}: not among --games {' '.join(games)}")
     if start and start.games != games: raise ValueError(f"{args.start} knows {start.games}: go on with these games, in this order")
     print(f"1/5 play: {args.episodes + args.curious} episodes of each of {len(games)} games -> {args.play}")
@@ -289,6 +290,7 @@ def train_command(parser) -> None:
                         help="training time of the dynamics; with --start, 0 leaves them as they are")
     parser.add_argument("--console", type=float, default=SHARE, metavar="SHARE",
                         help="share of that time for the console's memory, where play has it; 0: it is not followed (default: 0.25)")
+    parser.add_argument("--decisive", type=float, default=0.0, metavar="SHARE", help="of the clips: from where a key decides something (default: 0)")
     parser.add_argument("--more", nargs="+", default=[], metavar="GAME", help="games from which the dynamics get twice as many clips")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the dynamics (default: 0.003)")
     parser.add_argument("--workers", type=int, help="processes that record play and make its tokens (default: one per core)")

@@ -248,7 +248,7 @@ def test_the_memory_goes_along_where_all_have_one(tmp_path):
         assert not clips.remembers and "ram" not in batch and batch["tokens"].shape == (8, 5, 8, 8)
 
 
-def test_half_of_the_clips_are_where_a_key_decides(tmp_path):
+def test_a_share_of_the_clips_is_where_a_key_decides(tmp_path):
     split = recorded(tmp_path)
     for path in data.episodes(tmp_path, [PONG], split):         # the key turns a walk round once, in frame 20
         with np.load(path) as file: episode = dict(file)
