@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lwm_course.course._sysctl': ('start.html#_sysctl', 'lwm_course/course.py'),
                                    'lwm_course.course._threads': ('start.html#_threads', 'lwm_course/course.py'),
                                    'lwm_course.course._usage': ('start.html#_usage', 'lwm_course/course.py'),
+                                   'lwm_course.course.alone': ('start.html#alone', 'lwm_course/course.py'),
                                    'lwm_course.course.atomic': ('start.html#atomic', 'lwm_course/course.py'),
                                    'lwm_course.course.bootstrap': ('start.html#bootstrap', 'lwm_course/course.py'),
                                    'lwm_course.course.budget_rows': ('start.html#budget_rows', 'lwm_course/course.py'),

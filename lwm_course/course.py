@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['UNITS', 'FASTER', 'BETTER', 'GENRE', 'GATES', 'RANK', 'CHAPTERS', 'MACHINES', 'ALLOWED', 'STOP', 'TAG', 'SOLUTION',
            'PROGRESS_VERSION', 'HOW', 'COMMANDS', 'bootstrap', 'MissingExtra', 'require', 'size', 'pick', 'machine',
-           'Table', 'plot_style', 'finish', 'machine_table', 'slow', 'Figure', 'root', 'home', 'git_revision', 'atomic',
-           'write_json', 'save_results', 'load_results', 'print_figures', 'verdict', 'Gate', 'measured', 'judge',
-           'kind', 'milestone_verdict', 'gate_table', 'gates', 'nearest', 'Chapter', 'find_chapter', 'course_table',
-           'machine_class', 'record_minutes', 'hardware_table', 'Budget', 'ledger_cost', 'load_ledgers', 'budget_rows',
-           'read_notebook', 'tagged', 'stub', 'Exercise', 'exercises', 'make_exercise', 'run_cell', 'explain',
-           'Outcome', 'check_notebook', 'load_progress', 'record_progress', 'report', 'narrow', 'report_text',
-           'report_command', 'exercise_notebooks', 'check_chapters', 'next_step', 'failed', 'check_lines',
-           'check_command', 'command_parser', 'main']
+           'alone', 'Table', 'plot_style', 'finish', 'machine_table', 'slow', 'Figure', 'root', 'home', 'git_revision',
+           'atomic', 'write_json', 'save_results', 'load_results', 'print_figures', 'verdict', 'Gate', 'measured',
+           'judge', 'kind', 'milestone_verdict', 'gate_table', 'gates', 'nearest', 'Chapter', 'find_chapter',
+           'course_table', 'machine_class', 'record_minutes', 'hardware_table', 'Budget', 'ledger_cost', 'load_ledgers',
+           'budget_rows', 'read_notebook', 'tagged', 'stub', 'Exercise', 'exercises', 'make_exercise', 'run_cell',
+           'explain', 'Outcome', 'check_notebook', 'load_progress', 'record_progress', 'report', 'narrow',
+           'report_text', 'report_command', 'exercise_notebooks', 'check_chapters', 'next_step', 'failed',
+           'check_lines', 'check_command', 'command_parser', 'main']
 
 # %% ../nbs/00_start.ipynb #9b5c4201
 import argparse, contextlib, difflib, errno, hashlib, importlib, io, json, os, platform, random, re
@@ -137,6 +137,12 @@ def machine() -> dict: # plain values, ready for JSON
                 **units, torch_capability=capability, gpu=gpu, vram_gb=vram,
                 free_disk_gb=round(shutil.disk_usage(".").free/1e9, 1), os=platform.platform(terse=True),
                 python=platform.python_version(), torch=torch.__version__)
+
+# %% ../nbs/00_start.ipynb #alone001
+def alone(function, *job):   # and its arguments
+    "A call in one of several processes: PyTorch, if the function's module has it, takes one thread, or they would wait for one another."
+    if torch := sys.modules.get("torch"): torch.set_num_threads(1)
+    return function(*job)
 
 # %% ../nbs/00_start.ipynb #35d5b6b5
 def _shown(x):

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .course import Figure, atomic, nearest, require, root, save_results
+from .course import Figure, alone, atomic, nearest, require, root, save_results
 
 # %% ../nbs/01_data.ipynb #0ae3f1d3
 def games() -> list[str]:  # "ALE/Adventure-v5", ..., "ALE/Zaxxon-v5"
@@ -844,7 +844,7 @@ def run_jobs(
             # "spawn": a forked copy of a process that runs PyTorch's threads or holds a GPU can hang.
             pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), _leave_with_parent)
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            results = (future.result() for future in as_completed([pool.submit(function, *job) for job in jobs]))
+            results = (future.result() for future in as_completed([pool.submit(alone, function, *job) for job in jobs]))
         try:
             for result in results:
                 progress.update()

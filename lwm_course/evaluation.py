@@ -1176,7 +1176,6 @@ def eval_tokenizer(args, effort: Effort) -> tuple[list[course.Figure], Callable]
 
 def measure_one(args, effort: Effort, load: Callable, game: str) -> list[course.Figure]:
     "`measure`, of one game, in a process of its own."
-    torch.set_num_threads(1)
     return measure(load(args), args.play, args.split, effort, args.seed, [game])
 
 

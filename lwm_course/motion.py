@@ -299,11 +299,9 @@ def explain(motion: Shifts,
 
 # %% ../nbs/06b_motion.ipynb #mot00074
 def write_tokens(tokenizer: Tokenizer, motion: Shifts,
-                 path: Path, target: Path,     # an episode of chapter 01, and its tokens
-                 threads: int | None = None    # of this process; None: as they are
+                 path: Path, target: Path     # an episode of chapter 01, and its tokens
                  ) -> None:
     "Encode every frame of an episode: two bytes per token, what `explain` finds, and the console's memory where it was recorded."
-    if threads: torch.set_num_threads(threads)
     episode = data.read_episode(path)
     frames = torch.from_numpy(data.resize(episode.frames, tokenizer.frame_size[0]))
     tokens = tokenizer.encode(frames).cpu()
@@ -323,10 +321,8 @@ def tokenize(tokenizer: Tokenizer,
     "Encode every frame of every episode once."
     out, motion, paths = Path(out), Shifts(tokenizer.frame_size[0], tokenizer.config.patch, reach, drawn), data.episodes(folder, games)
     on_cpu = next(iter(tokenizer.state_dict().values())).device.type == "cpu"
-    workers = (workers or data.cores()) if on_cpu else 1
-    jobs = [(tokenizer, motion, path, target, 1 if workers > 1 else None) for path in paths
-            if not (target := out / path.parent.name / path.name).exists()]
-    for _ in data.run_jobs(write_tokens, jobs, workers, desc="tokens", unit="episode", total=len(paths), initial=len(paths) - len(jobs)): pass
+    jobs = [(tokenizer, motion, path, target) for path in paths if not (target := out / path.parent.name / path.name).exists()]
+    for _ in data.run_jobs(write_tokens, jobs, (workers or data.cores()) if on_cpu else 1, desc="tokens", unit="episode", total=len(paths), initial=len(paths) - len(jobs)): pass
     return out
 
 # %% ../nbs/06b_motion.ipynb #mot00052
@@ -360,12 +356,13 @@ def decisions(episodes: list[dict],   # of one game, as `tokenize` writes them, 
     "How little each frame's steps follow from those before them, in the bytes that follow the key."
     steps, found = [np.diff(e["ram"], axis=0) for e in episodes], [np.zeros(len(e["ram"])) for e in episodes]
     told = follows(np.concatenate(steps), np.concatenate([e["actions"][1:] for e in episodes]).astype(np.int64))
-    for byte in np.argsort(-told, kind="stable")[:few]:
+    top = np.argsort(-told, kind="stable")[:few]
+    for byte in top:
         pairs = np.zeros((256, 256))
         for step in steps: np.add.at(pairs, (step[:-1, byte], step[1:, byte]), 1)
         rare = -np.log(np.maximum(pairs, 1) / np.maximum(pairs.sum(1, keepdims=True), 1)).clip(max=most)
         for nats, step in zip(found, steps): nats[2:] += told[byte] * rare[step[:-1, byte], step[1:, byte]]
-    return [nats / max(np.sort(told)[-few:].sum(), 1e-9) for nats in found]
+    return [nats / max(told[top].sum(), 1e-9) for nats in found]
 
 # %% ../nbs/06b_motion.ipynb #mot00027
 def clip_of(episode: dict,  # as `tokenize` writes it
@@ -434,7 +431,7 @@ class _Clips:
         busy = [np.mean([len(e["where"]) / (len(e["tokens"]) - 1) for e in episodes]) for episodes in self.episodes]
         self.weight = (1 / np.maximum(busy, 1)).astype(np.float32)     # a game in which much changes counts no more than a calm one
 
-    @property
+    @cached_property
     def remembers(self) -> bool: return all(e["ram"].shape[1] for episodes in self.episodes for e in episodes)   # the console's memory was recorded
 
     def usual(self) -> Tensor:   # (games, h, w)
@@ -471,7 +468,7 @@ class _Chosen(_Clips):
 
 # %% ../nbs/06b_motion.ipynb #mot00072
 class TokenClips(_Chosen):
-    "Training batches for the dynamics: clips of T+1 frames of tokens, every game equally often."
+    "Training batches for the dynamics: clips of T+1 frames of tokens, every game equally often, but for those of which `more` is asked."
     def __call__(self, step: int) -> dict: return self.part(step, 0, 1)
 
     def part(self, step: int, rank: int, world: int) -> dict:

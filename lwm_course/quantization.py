@@ -635,13 +635,11 @@ def endurance(wm: WorldModel, effort: Measure) -> tuple[list[course.Figure], np.
 # %% ../nbs/13_quantization.ipynb #q13c09z
 def measure_scheme(wm: WorldModel,       # in float32
                    name: str,            # of `SCHEMES`
+                   context: Context,     # for calibration, choice and divergence
                    out: str | Path,      # a folder for the scheme, ready to play, in this one
-                   effort: Measure,
-                   threads: int | None = None   # of this process; None: as they are
+                   effort: Measure
                    ) -> tuple[str, list[course.Figure], Scheme, np.ndarray]:   # its name and figures, what it was in the end, how long every player's world holds
     "Size and yardstick of a scheme, read back from its file."
-    if threads: torch.set_num_threads(threads)
-    context = Context.of(wm, frames=effort.context)
     prepared = prepare(wm, name, context, effort)
     folder = save_quantized(prepared, Path(out) / name)
     other = WorldModel.from_pretrained(str(folder), "cpu", SCHEMES[name].dtype)
@@ -671,7 +669,8 @@ def measure_schemes(wm: WorldModel,        # in float32
                     ) -> tuple[list[course.Figure], dict[str, Scheme]]:   # `source` names the scheme; what each was in the end
     "Size and yardstick of every scheme."
     names, found, figures = ["float32", *(n for n in names if n != "float32")], {}, []
-    jobs = [(wm, name, out, effort, 1 if workers > 1 else None) for name in names]
+    context = Context.of(wm, frames=effort.context)
+    jobs = [(wm, name, context, out, effort) for name in names]
     for name, *rest in data.run_jobs(measure_scheme, jobs, workers, desc="schemes", unit="scheme"):
         found[name] = rest
         if "float32" not in found: continue      # there is nothing to compare with yet

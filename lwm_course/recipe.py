@@ -247,6 +247,8 @@ def train(args) -> None:
     began = time.time()
     if not args.minutes > 0: raise ValueError("--minutes must be above 0")
     if not 0 <= args.console < 1: raise ValueError("--console must be from 0 up to 1: the rest of the time is the picture's")
+    if not 0 <= args.decisive <= 1: raise ValueError("--decisive must be from 0 to 1: it is a share of the clips")
+    if unknown := [game for game in args.more if game not in args.games]: raise ValueError(f"--more {unknown[0]}: not among --games {' '.join(args.games)}")
     if args.quantizer == "none" and not args.tokenizer_only:
         raise ValueError("--quantizer none makes no tokens, and dynamics predict tokens: add --tokenizer-only")
     if args.start and any((args.frame_size, args.patch, args.quantizer, args.codes)):
@@ -258,8 +260,6 @@ def train(args) -> None:
     start, games = WorldModel.from_pretrained(args.start, "cpu", "float32") if args.start else None, args.games
     if start and args.tokenizer_minutes and start.tokenizer.config.quantizer in PLACED:
         raise ValueError(f"The tokenizer of {args.start} is a dictionary: it has no decoder to train, leave out --tokenizer-minutes")
-    if not 0 <= args.decisive <= 1: raise ValueError("--decisive must be from 0 to 1: it is a share of the clips")
-    if unknown := [game for game in args.more if game not in games]: raise ValueError(f"--more {unknown[0]}: not among --games {' '.join(games)}")
     if start and start.games != games: raise ValueError(f"{args.start} knows {start.games}: go on with these games, in this order")
     print(f"1/5 play: {args.episodes + args.curious} episodes of each of {len(games)} games -> {args.play}")
     for player, episodes in (("mixed", args.episodes), ("curious", args.curious)):

@@ -92,6 +92,12 @@ def test_several_processes_write_the_same_tokens(tmp_path, repository):
     folders = [tokenize(tokenizer, tmp_path / "play", tmp_path / str(workers), workers=workers) for workers in (1, 2)]
     files = [sorted(path.relative_to(folder) for path in folder.rglob("*.npz")) for folder in folders]
     assert len(files[0]) == 3 and files[0] == files[1]
+    (folders[1] / files[1][0]).unlink()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    tokenize(tokenizer, tmp_path / "play", folders[1], workers=2)       # the last one is made here, and leaves this process as it was
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
     for one, two in ([read_tokens(folder / name) for folder in folders] for name in files[0]):
         assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
 
