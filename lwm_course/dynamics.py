@@ -56,7 +56,7 @@ class Recipe:
     vanish: float = 0.4         # share of clips in which something is out of sight for a while ...
     linger: float = 0.15        # ... or stays behind as well
     unseen: float = 0.5         # share of clips of which nothing is known from before: no ages
-    forget: float = 0.3         # share of clips of whose memory not all is known at first
+    forget: float = 0.5         # share of clips of whose memory not all is known at first
     action_dropout: float = 0.05  # share of clips that do not show the key, for guidance
     masked: float = 0.85        # share of frames of which the head sees nothing of the next one ...
     doubt: int = 3              # ... but in every so many steps it sees what it would settle first in play
@@ -72,11 +72,12 @@ class Recipe:
 def first_facts(model: Dynamics, batch: dict,   # of `TokenClips`
                 forget: float    # share of clips of which not all facts are known at first
                 ) -> Tensor:     # (B, facts)
-    "What is known of the console's memory in the first frame of each clip: all, or some of it; nothing where none was recorded."
-    if model.console is None or "ram" not in batch: return batch["game"].new_full((len(batch["game"]), model.config.facts), UNKNOWN)
-    true = model.console.facts.read(batch["ram"][:, 0], batch["game"])
+    "What is known of the console's memory in the first frame of each clip: all, some of it, or nothing, as where none was recorded."
+    if model.consoles is None or "ram" not in batch: return batch["game"].new_full((len(batch["game"]), model.config.facts), UNKNOWN)
+    true = model.consoles.read(batch["ram"][:, 0], batch["game"])
     chance = lambda: torch.rand(len(true), 1, device=true.device)
-    return torch.where(torch.rand(true.shape, device=true.device) < chance() * (chance() < forget), UNKNOWN, true)
+    hidden = 1.5 * chance() * (chance() < forget)       # the share of each clip; of every third, all: as when play begins
+    return torch.where(torch.rand(true.shape, device=true.device) < hidden, UNKNOWN, true)
 
 
 @torch.no_grad()
@@ -398,7 +399,7 @@ class _Guided(_Answers):
 
     def hints(self, state: PlayState, action: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor] | None:   # `Dynamics.lines` of those keys
         "What the console's memory says of the next frame, where there is one. Once per frame will do."
-        if self.dynamics.console is None: return None
+        if self.dynamics.consoles is None: return None
         key, _ = self.asked(action, guidance)
         times = len(key) // len(action)
         return self.dynamics.lines(state.facts.repeat(times, 1)[:, None], key[:, None], state.game.repeat(times))
@@ -406,7 +407,7 @@ class _Guided(_Answers):
     def told_answer(self, state: PlayState, key: Tensor, known: Tensor, lines: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         "As `answer`, told by `hints`."
         if lines is None: return self.answer(state, key, known)
-        told = self.dynamics.told(lines, state.active)
+        told = self.dynamics.told(lines, state.active, state.game)
         return told.beside(*self.answer(replace(state, features=self.dynamics.hinted(state.features, state.active, told)), key, known))
 
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None,

@@ -1039,7 +1039,7 @@ def long_figures(wm: WorldModel,        # or anything with its `start` and `step
 class Effort:
     "How much is measured, per game."
     clips: int = 16     # of held-out play, for everything that takes seconds
-    choices: int = 8    # moments at which every key is tried
+    choices: int = 24   # moments at which every key is tried
     frames: int = 3600  # of the longest rollout
     players: int = 3    # who play that long with the recording's keys; one more holds no key
     crowd: int = 256    # frames for the Fréchet distance

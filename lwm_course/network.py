@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import training
-from .console import UNKNOWN, Console, Facts
+from .console import UNKNOWN, Console, Consoles, Facts, Program
 from .motion import DRAWN, LONG, MOVED, REACH, STAYED, Came, Onward, ages, ranks
 from .ssm import Mamba2
 from .tokenizer import Tokenizer
@@ -31,6 +31,7 @@ class _Derived:
     "What follows from a configuration."
     def __post_init__(self):
         self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)
+        self.values, self.strides, self.nodes = tuple(self.values), tuple(self.strides), tuple(self.nodes) or (0,) * len(self.values)
         if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
 
     @property
@@ -56,6 +57,7 @@ class DynamicsConfig(_Derived):
     token_width: int = 32   # E, channels of a token
     closer: int = 512       # W, channels of the closer look at a token that changes; a quarter of them name it
     looks: int = 2          # how often it is looked at in play: each time the surest are settled
+    own: int = 24           # channels of what a token is named by beside its looks; 0: as many as a name has
     detail: int = 64        # channels of what is around a token
     drawn: tuple[int, int] = DRAWN   # rows and columns that the games draw
     shifts: tuple[int, int] = REACH  # by how many of them a patch may move, to either side
@@ -72,12 +74,13 @@ class DynamicsConfig(_Derived):
     guidance: float = 1.25  # how much the key counts in play; 1: as it was learned
     bold: float = 0.25      # by how much a copy logit is lowered in play; 0: as it was learned
     facts: int = 0          # bytes of the console's memory that are followed; 0: none, as of a game that is known from pictures alone
-    values: int = 0         # which they take, and ...
-    strides: int = 0        # ... by which steps they go, of all games
+    values: tuple[int, ...] = ()  # how many they take in each game, and ...
+    strides: tuple[int, ...] = () # ... by how many steps they go
+    nodes: tuple[int, ...] = ()   # of the trees that foresee them; (): none
     fps: int = 15           # frames per second of play
 
 # %% ../nbs/06c_network.ipynb #13a61772
-_WIDE = dict(group=1, reach=0, temporal_every=4, scan_head=64, attention_heads=16, least=0.0, most=256)    # every position, always
+_WIDE = dict(own=0, group=1, reach=0, temporal_every=4, scan_head=64, attention_heads=16, least=0.0, most=256)    # every position, always
 DYNAMICS_SIZES = {      # name -> shape; the shipped one is `nano`
     "nano": {},
     "tiny": _WIDE | dict(width=768, depth=15, temporal_every=2, head_depth=3, token_width=256, attention_heads=12),
@@ -244,8 +247,12 @@ class _Codes(nn.Module):
         self.register_buffer("owned", torch.ones(len(config.games), config.codebook, dtype=torch.bool))   # which codes a game has
         self.read_code, self.masked = nn.Linear(config.code, E), nn.Parameter(torch.randn(1, E) * 0.5)
         self.name_code = nn.Sequential(nn.Linear(config.code, W), nn.SiLU(), nn.Linear(W, self.named + 1))
-        self.read_own, self.name_own = nn.Embedding(config.codebook, E), nn.Embedding(config.codebook, self.named + 1)   # what pixels do not say
+        self.read_own = nn.Embedding(config.codebook, E)            # what pixels do not say, in reading, and in naming
+        self.name_own = nn.Embedding(config.codebook, config.own or self.named + 1)
         for own in (self.read_own, self.name_own): nn.init.zeros_(own.weight)
+        if config.own:
+            self.name_own = nn.Sequential(self.name_own, nn.Linear(config.own, self.named + 1, bias=False))
+            nn.init.normal_(self.name_own[0].weight, std=0.02)      # of a product with zero, the other part would not learn
         self._kept = {}     # tables: training changes them at every step, in play they are made once
 
     @property
@@ -649,8 +656,10 @@ class _Watches(_Details):
     "Follow the console's memory, where the recordings have one (06a)."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
-        sizes, told = (config.values, config.strides), (config.detail, 2 * config.token_width)
-        self.console = Console(Facts(len(config.games), config.facts), len(config.action_names), config.code, config.grid, told, config.group, sizes=sizes) if config.facts else None
+        keys, told = len(config.action_names), (config.detail, 2 * config.token_width)
+        made = lambda values, strides, nodes: Console(Facts(config.facts), keys, config.code, config.grid, told, config.group, sizes=(values, strides),
+                                                      program=Program(config.facts, keys, nodes))
+        self.consoles = Consoles(map(made, config.values, config.strides, config.nodes)) if config.facts else None
 
     def watch(self, film: Tensor,     # (B, T + 1, h, w), tokens; the first frame only says what was there before
               came_by: Tensor,        # (B, T) the key that led to each of the others
@@ -659,37 +668,45 @@ class _Watches(_Details):
               ) -> Tensor:            # (B, T, facts)
         "Read the facts of frames, each from the one before, by rule, and by what is seen."
         B, T = came_by.shape
-        if self.console is None: return film.new_zeros(B, T, 0)
+        if self.consoles is None: return film.new_zeros(B, T, 0)
         if facts is None: facts = film.new_full((B, self.config.facts), UNKNOWN)
-        reading, found = self.table("console", lambda: self.console.reading(self.codes)), []
-        now, before = (x.flatten(0, 1) for x in (film[:, 1:], film[:, :-1]))
-        sight, act = self.console.glance(now, before, game.repeat_interleave(T), reading).unflatten(0, (B, T)), self.named_action(came_by, game)
-        for t in range(T): found.append(facts := self.console.step(facts, act[:, t], game, sight[:, t]))
-        return torch.stack(found, 1)
-
-    def lines(self, facts: Tensor,    # (B, T, facts)
-              actions: Tensor,        # (B, T) the key held next; -1: any
-              game: Tensor            # (B,)
-              ) -> tuple[Tensor, Tensor] | None:
-        "`Console.lines` of frames and what follows if a key is held."
-        if self.console is None: return None
-        facts, act, game = facts.flatten(0, 1), self.named_action(actions, game).flatten(), game.repeat_interleave(actions.shape[1])
-        with torch.no_grad(): ahead = self.console.step(facts, act, game)
-        return self.console.lines(facts, ahead, game)
+        act = self.named_action(came_by, game)
+        def follow(g, rows):
+            console, known, found = self.consoles[g], facts[rows], []
+            reading, (now, before) = self.table(f"console {g}", lambda: console.reading(self.codes)), (part[rows].flatten(0, 1) for part in (film[:, 1:], film[:, :-1]))
+            sight = console.glance(now, before, reading).unflatten(0, (len(rows), T))
+            for t in range(T): found.append(known := console.step(known, act[rows, t], sight[:, t]))
+            return torch.stack(found, 1)
+        return self.consoles.ask(game, follow)
 
 # %% ../nbs/06c_network.ipynb #tells022
 class _Follows(_Watches):
     "Say what the memory means for the picture."
+    def lines(self, facts: Tensor,    # (B, T, facts)
+              actions: Tensor,        # (B, T) the key held next; -1: any
+              game: Tensor            # (B,)
+              ) -> tuple[Tensor, Tensor] | None:   # (B, T, grid, draw)
+        "`Console.lines` of frames and what follows if a key is held."
+        if self.consoles is None: return None
+        act = self.named_action(actions, game)
+        def say(g, rows):
+            console, known = self.consoles[g], facts[rows].flatten(0, 1)
+            with torch.no_grad(): ahead = console.step(known, act[rows].flatten())
+            return tuple(line.unflatten(0, (len(rows), -1)) for line in console.lines(known, ahead))
+        return self.consoles.ask(game, say)
+
     def stirs(self, facts: Tensor, game: Tensor) -> Tensor | None:   # (B, T, facts), (B,) -> (B, T, P)
         "Where something may change, whatever is held, for `look`."
-        if self.console is None: return None
+        if self.consoles is None: return None
         lines = self.lines(facts, torch.full_like(facts[..., 0], -1), game)
-        return self.console.stirs(lines).unflatten(0, facts.shape[:2])
+        return self.consoles.ask(game, lambda g, rows: self.consoles[g].stirs(tuple(line[rows] for line in lines)))
 
-    def told(self, lines: tuple, active: Tensor) -> Told:   # of `lines`; (B, T, P + 1)
+    def told(self, lines: tuple, active: Tensor, game: Tensor) -> Told:   # of `lines`; (B, T, P + 1), (B,)
         "What is said of the tokens that are computed."
         frame, place = active[..., :-1].flatten(0, -2).nonzero().unbind(1)
-        first, out, gate = self.console.at(lines, frame, cells := self.cells[place])
+        which, (rows, columns) = game.repeat_interleave(lines[0].shape[1])[frame], (line.flatten(0, 1) for line in lines)
+        cells = self.cells[place]
+        first, out, gate = self.consoles.ask(which, lambda g, some: self.consoles[g].at((rows, columns), frame[some], cells[some]))
         return Told(frame[:, None], cells, first.flatten(1), out, gate)
 
     def hinted(self, features: Tensor, active: Tensor, told: Told) -> Tensor:   # of `look`; the same
@@ -737,7 +754,7 @@ class Dynamics(_Heads):
               ) -> tuple[Tensor, Tensor]:   # as of `predict`
         "What comes next if this key is held, by all that is known: the head, told by the console's memory."
         if lines is None: return self.predict(features, active, tokens, onward, known, actions, game)
-        told = self.told(lines, active)
+        told = self.told(lines, active, game)
         return told.beside(*self.predict(self.hinted(features, active, told), active, tokens, onward, known, actions, game))
 
     def hidden_matrices(self) -> list[nn.Parameter]:

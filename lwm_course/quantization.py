@@ -189,7 +189,7 @@ def busy_layers(model: Dynamics) -> dict[str, nn.Linear]:
     "Linear layers that work at every frame. The others only make tables, once, or help in training."
     kept = set(stored(model))
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and f"{name}.weight" in kept
-            and not name.startswith(("read_code", "name_code", "closeup.code", "lead", "console.token", "console.sketch"))}
+            and not name.startswith(("read_code", "name_", "closeup.code", "lead")) and not (".token." in name or ".sketch" in name)}
 
 
 def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Tensor]:   # layer -> (N, D), N <= most

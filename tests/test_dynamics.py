@@ -44,16 +44,17 @@ def world():
 
 
 RAM = torch.randint(5, (2, 60, 128), generator=torch.Generator().manual_seed(0)).byte()      # a memory of each game, and ...
-KEPT = Facts.of([[own.numpy()] for own in RAM], facts=6)                                     # ... what is followed of it
+KEPT = [Facts.of([own.numpy()], facts=6) for own in RAM]                                     # ... what is followed of it
 
 
 def wise_world(seed=0, **options):
     "A world that follows six bytes of a memory, is sure of most of them, and tells them to all that listen."
-    world = small_world(seed, facts=6, values=KEPT.sizes[0], strides=KEPT.sizes[1], **options)
-    console = world.dynamics.console
-    console.facts.load_state_dict(KEPT.state_dict())
-    torch.nn.init.normal_(console.leave[1].weight, std=2.0)
-    for part in (console.tell, console.stir): torch.nn.init.normal_(part.weight)
+    values, strides = zip(*(facts.sizes for facts in KEPT))
+    world = small_world(seed, facts=6, values=values, strides=strides, **options)
+    for console, facts in zip(world.dynamics.consoles, KEPT):
+        console.facts.load_state_dict(facts.state_dict())
+        torch.nn.init.normal_(console.leave[1].weight, std=2.0)
+        for part in (console.tell, console.stir): torch.nn.init.normal_(part.weight)
     return world
 
 
@@ -251,32 +252,32 @@ def test_own_prediction_is_what_play_would_show(world):
 
 def rules_of(net):
     "Names of weights that `Console.keep_rules` freezes."
-    return {name for name, p in net.named_parameters() if name.startswith("console.") and not p.requires_grad}
+    return {name for name, p in net.named_parameters() if name.startswith("consoles.") and not p.requires_grad}
 
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_network_with_a_console_learns_with_a_memory_and_without(told):
     "All but the rules, which were learned before."
     net = wise_world().dynamics.train().requires_grad_(True)
-    net.console.keep_rules()
+    for console in net.consoles: console.keep_rules()
     for part in (net.closeup.answer.weight, net.router.recall[-1].weight, *net.enter_age.parameters()): torch.nn.init.normal_(part)
     batch = batch_of(film_of(2, 9)) | ({"ram": RAM[:, :9]} if told else {})
     loss, parts = dynamics_loss(net, batch, 401, Recipe(masked=0.5))
     loss.backward()
     silent = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()}
-    assert silent == rules_of(net) and "console.value.weight" in silent
+    assert silent == rules_of(net) and "consoles.0.value.weight" in silent
     assert all(math.isfinite(v) for v in parts.values())
     with torch.autocast("cpu", torch.bfloat16): half, _ = dynamics_loss(net, batch, 401, Recipe(masked=0.5))
     net.zero_grad()
     half.backward()
-    assert half.isfinite() and {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum()} >= {"console.tell.weight", "console.stir.weight"}
+    assert half.isfinite() and {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum()} >= {"consoles.0.tell.weight", "consoles.0.stir.weight"}
 
 
 def test_what_is_known_at_first_is_all_or_some_or_nothing(wise):
     game, ram = torch.arange(200) % 2, RAM.repeat(100, 1, 1)
     batch = {"game": game, "ram": ram, "actions": torch.zeros(200, 60)}
     true = dynamics.first_facts(wise.dynamics, batch, 0.0)
-    assert torch.equal(true, KEPT.read(ram[:, 0], game)) and (true >= 0).all()
+    assert torch.equal(true, torch.stack([KEPT[g].read(own) for g, own in zip(game.tolist(), ram[:, 0])])) and (true >= 0).all()
     torch.manual_seed(0)
     some = dynamics.first_facts(wise.dynamics, batch, 0.5)
     hidden = (some == UNKNOWN).float().mean(1)
@@ -361,7 +362,7 @@ def test_where_nothing_is_told_the_answer_is_the_heads():
         told, packed = net.reply(features, active, *asked, lines), net.reply(features[active], active, *asked, lines)
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(told, packed)) and not torch.allclose(told[0], out) and not torch.allclose(told[1], gate)
         assert torch.equal(told[1] == SURE, gate == SURE) and not told[0][gate == SURE].any()
-        for weight in net.console.tell.parameters(): torch.nn.init.zeros_(weight)
+        for console in net.consoles: torch.nn.init.zeros_(console.tell.weight), torch.nn.init.zeros_(console.tell.bias)
         silent = net.reply(features, active, *asked, net.lines(facts, keys, game))
     assert all(torch.allclose(a, b) for a, b in zip(silent, (out, gate)))
 
@@ -380,7 +381,7 @@ def test_a_memory_survives_a_file_a_copy_and_other_precision(wise, tmp_path):
     frames, keys = play_of()
     play = lambda world: world.step(world.start(frames, keys, [PONG, FREEWAY, PONG]), [1, 2, 0])
     (shown, state), loaded = play(wise), WorldModel.from_pretrained(wise.save_pretrained(tmp_path), "cpu", "float32")
-    assert loaded.dynamics.config == wise.dynamics.config and torch.equal(loaded.dynamics.console.facts.values, KEPT.values)
+    assert loaded.dynamics.config == wise.dynamics.config and all(torch.equal(console.facts.values, facts.values) for console, facts in zip(loaded.dynamics.consoles, KEPT))
     for other in (loaded, copy.deepcopy(wise)):
         again, after = play(other)
         assert torch.equal(again, shown) and torch.equal(after.facts, state.facts)
@@ -392,12 +393,12 @@ def test_a_memory_survives_a_file_a_copy_and_other_precision(wise, tmp_path):
 def test_what_was_read_is_read_anew_by_other_weights():
     "Tables are kept in play: after training, or where tokens mean something else, they are made again."
     world, (frames, keys) = wise_world(), play_of()
-    reading = lambda: world.dynamics.table("console", lambda: world.dynamics.console.reading(world.dynamics.codes))
+    reading = lambda: world.dynamics.table("console 0", lambda: world.dynamics.consoles[0].reading(world.dynamics.codes))
     start = lambda: world.start(frames, keys, PONG)
     first = start().facts
     with torch.inference_mode(): before = reading().clone()
     world.dynamics.train()
-    with torch.no_grad(): world.dynamics.console.token[2].weight.mul_(-3)
+    with torch.no_grad(): world.dynamics.consoles[0].token[2].weight.mul_(-3)
     world.ready("cpu", "float32")
     second = start().facts
     with torch.inference_mode(): assert not torch.allclose(reading(), before)

@@ -33,14 +33,15 @@ def wm():
 def small_world(wm, seed=0):
     "One block each, untrained, with a gate that opens, and a memory of six bytes."
     torch.manual_seed(seed)
-    kept = Facts.of([[np.random.default_rng(game).integers(5, size=(60, 128), dtype=np.uint8)] for game in range(len(wm.games))], facts=6)
-    values, strides = kept.sizes
-    net = Dynamics(replace(wm.dynamics.config, depth=1, head_depth=1, facts=6, values=values, strides=strides), wm.dynamics.codes)
+    kept = [Facts.of([np.random.default_rng(game).integers(5, size=(60, 128), dtype=np.uint8)], facts=6) for game in range(len(wm.games))]
+    values, strides = zip(*(facts.sizes for facts in kept))
+    net = Dynamics(replace(wm.dynamics.config, depth=1, head_depth=1, facts=6, values=values, strides=strides, nodes=()), wm.dynamics.codes)
     net.owned.copy_(wm.dynamics.owned)
-    net.console.facts.load_state_dict(kept.state_dict())
-    torch.nn.init.normal_(net.console.tell.weight, std=0.2)      # it has much to say, but not that everything stirs
-    torch.nn.init.normal_(net.console.stir.weight, std=0.02)
-    torch.nn.init.normal_(net.console.leave[1].weight)
+    for console, facts in zip(net.consoles, kept):
+        console.facts.load_state_dict(facts.state_dict())
+        torch.nn.init.normal_(console.tell.weight, std=0.2)      # it has much to say, but not that everything stirs
+        torch.nn.init.normal_(console.stir.weight, std=0.02)
+        torch.nn.init.normal_(console.leave[1].weight)
     torch.nn.init.constant_(net.gate.bias, 0.0)
     return WorldModel(wm.tokenizer, net, wm.folder).ready("cpu", "float32")
 
