@@ -82,8 +82,8 @@ class Facts(_Facts):
 UNKNOWN = -1    # a fact that is not known
 
 
-class Program(nn.Module):
-    "How each fact goes on, as a decision tree: is some fact, or what is left of it after division by 16, or a key, at most so much? No weights: tables."
+class _Trees(nn.Module):
+    "A decision tree for each fact: is some fact, or what is left of it after division by 16, or a key, at most so much? No weights: tables."
     def __init__(self, facts: int,
                  actions: int,    # of all games
                  nodes: int = 0   # of all trees; 0: nothing is foreseen
@@ -109,6 +109,9 @@ class Program(nn.Module):
         key = F.one_hot(act, self.actions + 1)[:, :-1].masked_fill((act == self.actions)[:, None], UNKNOWN)
         return torch.cat([facts, torch.where(facts < 0, facts, facts % 16), key, torch.zeros_like(act)[:, None]], 1)
 
+# %% ../nbs/06a_console.ipynb #con00086
+class Program(_Trees):
+    "How each fact goes on."
     @torch.inference_mode(False)
     def nodes(self) -> SimpleNamespace:
         "The same, ready to be walked through: a leaf leads to itself."

@@ -86,10 +86,9 @@ def followed(model: Dynamics, tokens: Tensor,   # (B, T, h, w), what is seen
              batch: dict         # with "facts", of `first_facts`; without: all that is known
              ) -> Tensor:        # (B, T, facts)
     "The facts along a clip, as in play: each frame's from the one before, and from what is seen."
-    first = batch["facts"] if "facts" in batch else first_facts(model, batch, 0.0)
-    rest = model.watch(tokens, came_by[:, 1:], batch["game"], first)
+    facts = model.watch(tokens, came_by, batch["game"], batch["facts"] if "facts" in batch else first_facts(model, batch, 0.0))
     torch.clear_autocast_cache()    # it holds weights cast without gradient
-    return torch.cat([first[:, None], rest], 1)
+    return facts
 
 # %% ../nbs/07_dynamics.ipynb #45ceb555
 @torch.no_grad()
@@ -359,7 +358,7 @@ class _Starts(_Moves):
         index = torch.tensor([self.game_index(name) for name in names], device=where)
         self.check_actions(actions, index)
         came_by = torch.cat([torch.zeros(B, 1, dtype=torch.long), actions.long()], 1).to(where)
-        onward, facts = self.dynamics.onward(moved, tokens), self.dynamics.watch(torch.cat([tokens[:, :1], tokens], 1), came_by, index)
+        onward, facts = self.dynamics.onward(moved, tokens), self.dynamics.watch(tokens, came_by, index)
         features, active, _, memory = self.dynamics.look(tokens, moved, onward, came_by, index, stirs=self.dynamics.stirs(facts, index))
         last = (x[:, -1] for x in (features, active, tokens, onward, frames))
         return PlayState(memory, *last, index, torch.tensor(seeds), torch.zeros(B, dtype=torch.long), torch.zeros(tokens[:, 0].shape, device=where), facts[:, -1])
@@ -537,7 +536,7 @@ class _Shows(_Refines):
     def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
         "Remember that `tokens` (B, h, w), shown as `pixels`, followed when `action` was held."
         onward = self.dynamics.onward(moved := self.came(pixels, state.pixels, tokens != state.tokens), tokens)
-        facts = self.dynamics.watch(torch.stack([state.tokens, tokens], 1), action[:, None], state.game, state.facts)
+        facts = self.dynamics.watch(torch.stack([state.tokens, tokens], 1), action[:, None].expand(-1, 2), state.game, state.facts)[:, 1:]
         memory, features, active = self.remember(state, tokens, moved, onward, action, self.dynamics.stirs(facts, state.game))
         return replace(state, memory=memory, features=features, active=active, tokens=tokens, onward=onward, pixels=pixels,
                        frame=state.frame + 1, facts=facts[:, 0])

@@ -661,21 +661,20 @@ class _Watches(_Details):
                                                       program=Program(config.facts, keys, nodes))
         self.consoles = Consoles(map(made, config.values, config.strides, config.nodes)) if config.facts else None
 
-    def watch(self, film: Tensor,     # (B, T + 1, h, w), tokens; the first frame only says what was there before
-              came_by: Tensor,        # (B, T) the key that led to each of the others
+    def watch(self, tokens: Tensor,   # (B, T, h, w)
+              came_by: Tensor,        # (B, T) the key that led to each frame
               game: Tensor,           # (B,)
-              facts: Tensor | None = None   # (B, facts) in the first frame; None: nothing is known
+              facts: Tensor | None = None   # (B, facts) of the first frame; None: nothing is known
               ) -> Tensor:            # (B, T, facts)
-        "Read the facts of frames, each from the one before, by rule, and by what is seen."
-        B, T = came_by.shape
-        if self.consoles is None: return film.new_zeros(B, T, 0)
-        if facts is None: facts = film.new_full((B, self.config.facts), UNKNOWN)
+        "Read the facts of frames, each from the one before, by rule, and by what is seen. The first frame alone tells nothing: what stands still in it may move."
+        if facts is None: facts = tokens.new_full((len(tokens), self.config.facts), UNKNOWN)
+        if self.consoles is None: return facts[:, None].expand(*came_by.shape, -1)
         act = self.named_action(came_by, game)
         def follow(g, rows):
-            console, known, found = self.consoles[g], facts[rows], []
-            reading, (now, before) = self.table(f"console {g}", lambda: console.reading(self.codes)), (part[rows].flatten(0, 1) for part in (film[:, 1:], film[:, :-1]))
-            sight = console.glance(now, before, reading).unflatten(0, (len(rows), T))
-            for t in range(T): found.append(known := console.step(known, act[rows, t], sight[:, t]))
+            console, found, shape = self.consoles[g], [facts[rows]], (len(rows), tokens.shape[1] - 1)
+            reading, (now, before) = self.table(f"console {g}", lambda: console.reading(self.codes)), (part[rows].flatten(0, 1) for part in (tokens[:, 1:], tokens[:, :-1]))
+            sight = console.glance(now, before, reading).unflatten(0, shape)
+            for t in range(shape[1]): found.append(console.step(found[-1], act[rows, t + 1], sight[:, t]))
             return torch.stack(found, 1)
         return self.consoles.ask(game, follow)
 
@@ -701,6 +700,9 @@ class _Follows(_Watches):
         lines = self.lines(facts, torch.full_like(facts[..., 0], -1), game)
         return self.consoles.ask(game, lambda g, rows: self.consoles[g].stirs(tuple(line[rows] for line in lines)))
 
+# %% ../nbs/06c_network.ipynb #tells023
+class _Hints(_Follows):
+    "Say it to the tokens that are computed."
     def told(self, lines: tuple, active: Tensor, game: Tensor) -> Told:   # of `lines`; (B, T, P + 1), (B,)
         "What is said of the tokens that are computed."
         frame, place = active[..., :-1].flatten(0, -2).nonzero().unbind(1)
@@ -717,7 +719,7 @@ class _Follows(_Watches):
         return features.flatten(0, -3).index_put((frame, place), part.to(features.dtype), accumulate=True).view_as(features)
 
 # %% ../nbs/06c_network.ipynb #3ff10b92
-class _Heads(_Follows):
+class _Heads(_Hints):
     "What comes next."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)

@@ -175,7 +175,7 @@ class Context:
     def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
         "What a network says of each next frame: embeddings of its tokens, and copy logits."
         came_by, tokens, moved, onward = F.pad(self.actions, (1, 0))[:, :-1], self.tokens[:, :-1], self.moved[:, :-1], self.onward(model)
-        facts = model.watch(torch.cat([tokens[:, :1], tokens], 1), came_by, self.game)
+        facts = model.watch(tokens, came_by, self.game)
         features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, stirs=model.stirs(facts, self.game), remember=False)
         return model.reply(features, active, tokens, onward, torch.full_like(tokens, model.mask), self.actions, self.game, model.lines(facts, self.actions, self.game))
 

@@ -134,7 +134,7 @@ def remember(game: str, seed: int, frames: int = 1024) -> tuple[int, np.ndarray,
         ends.append(env.done)
     return seed, np.stack(memory), np.array(keys), np.array(ends)
 
-
+# %% ../nbs/recipe.ipynb #rec00051
 def learn_program(facts: Facts, game: str,
                   rows: Tensor,        # of each of its keys, and ...
                   actions: int,        # ... how many there are in all
@@ -174,7 +174,7 @@ class Windows(TokenClips):
         ram, acts, film = (torch.from_numpy(np.stack(part)) for part in zip(*windows))
         return {"facts": self.facts.read(ram), "acts": self.rows[acts], "film": film}
 
-
+# %% ../nbs/recipe.ipynb #rec00052
 def train_console(console: Console, game: str, rows: Tensor, codes: Tensor,    # as of `Windows`, and of `Dynamics`
                   tokens: str | Path, out: Path, config: training.TrainConfig,   # as of `train_dynamics`
                   quiet: bool = False) -> tuple[str, dict]:      # the game, and what was learned
@@ -186,7 +186,9 @@ def train_console(console: Console, game: str, rows: Tensor, codes: Tensor,    #
 
 def train_consoles(dynamics: Dynamics,    # with consoles, whose facts are set
                    tokens: str | Path, games: list[str], out: Path, config: training.TrainConfig,   # as of `train_dynamics`
-                   workers: int | None = None, quiet: bool = False) -> None:
+                   workers: int | None = None, quiet: bool = False,
+                   silent: bool = False   # what they learned to say of pictures is left out: who draws can do that, and learns what else to hear
+                   ) -> None:
     "Train the consoles, side by side where cores are all there is; what they cost together is in a ledger of its own."
     alone = torch.distributed.is_initialized() or training.device(config.device).type != "cpu"
     workers = 1 if alone else min(workers or data.cores(), len(games))
@@ -194,7 +196,8 @@ def train_consoles(dynamics: Dynamics,    # with consoles, whose facts are set
     jobs = [(console, game, rows, dynamics.codes.cpu(), tokens, folder, config, quiet or workers > 1)
             for console, game, rows, folder in zip(dynamics.consoles, games, dynamics.actions.cpu(), folders)]
     for game, learned in data.run_jobs(train_console, jobs, workers, desc="consoles", unit="game", disable=quiet):
-        dynamics.consoles[games.index(game)].load_state_dict(learned)
+        (console := dynamics.consoles[games.index(game)]).load_state_dict(learned)
+        if silent: console.say_nothing()
     each = [json.loads((folder / "ledger.json").read_text()) for folder in folders]
     total = {name: sum(ledger[name] for ledger in each) for name in ("parameters", "steps", "seconds", "cost_usd")}
     course.write_json(out / "ledger.json", each[-1] | total)
@@ -245,24 +248,20 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
                    start: Dynamics | None = None, # trained before on these games: go on from its weights
                    console: float | None = None,  # of the training time is the console's (None: `SHARE` of a new network's); 0: none is made
                    memories: int = MEMORIES,      # of `learn_program`
-                   decisive: float = 0.0, more: tuple[str, ...] = (),  # of `TokenClips`
-                   workers: int | None = None, quiet: bool = False
+                   decisive: float = 0.0, more: tuple[str, ...] = (), workers: int | None = None, quiet: bool = False
                    ) -> Dynamics:
     "Train the dynamics on tokens; continues an interrupted run."
     torch.manual_seed(config.seed)
     clips = TokenClips(tokens, list(games), batch=max(8, len(games)), seed=config.seed, decisive=decisive, more=more)
-    if console is None: console = 0 if start else SHARE
-    follows = start is not None and start.consoles is not None
+    follows, console = bool(start and start.consoles), (0 if start else SHARE) if console is None else console
     model = start if follows else new_dynamics(tokenizer, games, size, clips, out, console > 0, start, memories=memories, seed=config.seed, workers=workers, quiet=quiet)
     model.requires_grad_(True)      # a loaded one is frozen
     if start: recipe = replace(recipe, self_from=0)
     if model.consoles and not follows:
         part = replace(config, minutes=config.minutes and console * config.minutes, lr=3e-3, muon=False, weight_decay=0.0)
-        train_consoles(model, tokens, list(games), out / "console", part, workers, quiet)
+        train_consoles(model, tokens, list(games), out / "console", part, workers, quiet, silent=bool(start))
         config = replace(config, minutes=config.minutes and (1 - console) * config.minutes)
-    for console in model.consoles or ():
-        if start and not follows: console.say_nothing()
-        console.keep_rules()
+    for part in model.consoles or (): part.keep_rules()
     model.owned.copy_(clips.owned(model.config.codebook))
     held = TokenClips(tokens, list(games), batch=len(games), split="val", seed=config.seed)
     loss = lambda m, batch, step: dynamics_loss(m, batch, step, recipe)

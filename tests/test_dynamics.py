@@ -296,9 +296,9 @@ def test_facts_go_on_from_frame_to_frame(wise):
     assert (torch.stack(found) != UNKNOWN).float().mean() > 0.3 and not torch.equal(found[0], found[-1])
     tokens, came_by = wise.read(torch.from_numpy(frames))[0], torch.nn.functional.pad(torch.from_numpy(keys), (1, 0))
     with torch.inference_mode():
-        read = wise.dynamics.watch(torch.cat([tokens[:, :1], tokens], 1), came_by, torch.tensor([0, 1, 0]))
-        half = wise.dynamics.watch(torch.cat([tokens[:, :1], tokens[:, :3]], 1), came_by[:, :3], torch.tensor([0, 1, 0]))
-        rest = wise.dynamics.watch(tokens[:, 2:], came_by[:, 3:], torch.tensor([0, 1, 0]), half[:, -1])
+        read = wise.dynamics.watch(tokens, came_by, torch.tensor([0, 1, 0]))
+        half = wise.dynamics.watch(tokens[:, :3], came_by[:, :3], torch.tensor([0, 1, 0]))
+        rest = wise.dynamics.watch(tokens[:, 2:], came_by[:, 2:], torch.tensor([0, 1, 0]), half[:, -1])[:, 1:]
     assert torch.equal(read[:, -1], wise.start(frames, keys, [PONG, FREEWAY, PONG]).facts) and torch.equal(torch.cat([half, rest], 1), read)
 
 
@@ -355,7 +355,7 @@ def test_where_nothing_is_told_the_answer_is_the_heads():
     net, tokens, game = wise_world().dynamics, film_of(2, 5), torch.tensor([0, 1])
     keys, moved = torch.randint(3, (2, 5)), torch.randint(MOVED + 40, tokens.shape)
     with torch.inference_mode():
-        facts = net.watch(torch.cat([tokens[:, :1], tokens], 1), keys, game)
+        facts = net.watch(tokens, keys, game)
         features, active, _, _ = look(net, tokens, moved, keys, game, stirs=net.stirs(facts, game))
         asked = tokens, net.onward(moved, tokens), torch.full_like(tokens, net.mask), keys, game
         (out, gate), lines = net.predict(features, active, *asked), net.lines(facts, keys, game)
@@ -371,7 +371,7 @@ def test_own_prediction_with_a_memory_is_what_play_would_show(wise):
     frames, keys = play_of(2, 7)
     tokens, moved = wise.read(torch.as_tensor(frames))
     actions, game = torch.nn.functional.pad(torch.as_tensor(keys), (1, 0)), torch.tensor([0, 1])
-    facts = wise.dynamics.watch(torch.cat([tokens[:, :1], tokens[:, :-1]], 1), actions[:, :-1], game)
+    facts = wise.dynamics.watch(tokens[:, :-1], actions[:, :-1], game)
     own, _ = own_prediction(wise.dynamics, tokens[:, :-1], moved[:, :-1], batch_of(tokens) | {"moved": moved, "actions": actions}, facts)
     played, shift, _ = wise.next_tokens(wise.start(frames[:, :5], keys[:, :4], [PONG, FREEWAY]), torch.as_tensor(keys[:, 4]))
     assert (own[:, 5] == played)[shift < 0].float().mean() > 0.95
@@ -835,7 +835,7 @@ def test_bench_of_a_size_needs_no_model(tmp_path):
 
 
 def test_train_from_nothing_then_on_from_there(tmp_path, capsys):
-    common = ["--games", FREEWAY, "--play", str(tmp_path / "play"), "--episodes", "14", "--minutes", "0.02",
+    common = ["--games", FREEWAY, "--play", str(tmp_path / "play"), "--episodes", "14", "--memories", "2", "--minutes", "0.02",
               "--dynamics-minutes", "0.1"]
     one, two, shape = tmp_path / "one", tmp_path / "two", ["--quantizer", "fsq", "--frame-size", "64"]
     assert course.main(["train", *common, *shape, "--out", str(one)]) == 0
