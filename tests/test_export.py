@@ -40,7 +40,7 @@ def small_world(wm, seed=0):
     for console, facts in zip(net.consoles, kept):
         console.facts.load_state_dict(facts.state_dict())
         torch.nn.init.normal_(console.tell.weight, std=0.2)      # it has much to say, but not that everything stirs
-        torch.nn.init.normal_(console.stir.weight, std=0.02)
+        torch.nn.init.normal_(console.stir.weight, std=0.04)
         torch.nn.init.normal_(console.leave[1].weight)
     torch.nn.init.constant_(net.gate.bias, 0.0)
     return WorldModel(wm.tokenizer, net, wm.folder).ready("cpu", "float32")
