@@ -13,19 +13,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import course
 
+# %% ../nbs/06a_console.ipynb #con00087
+class _Tables(nn.Module):
+    "No weights, but tables, and what is made of them once: void as soon as others are loaded, or these are elsewhere."
+    _made = None
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._made = None
+
+    def _apply(self, *args, **kwargs):
+        self._made = None
+        return super()._apply(*args, **kwargs)
+
 # %% ../nbs/06a_console.ipynb #con00010
-class _Facts(nn.Module):
-    "Which bytes of a game's memory are followed, and which values and steps each takes. No weights: tables."
+class _Facts(_Tables):
+    "Which bytes of a game's memory are followed, and which values and steps each takes."
     def __init__(self, facts: int     # bytes, at most
                  ):
         super().__init__()
         self.register_buffer("address", torch.zeros(facts, dtype=torch.long))
         for name in ("values", "strides"): self.register_buffer(name, torch.zeros(facts, 256, dtype=torch.bool))
-        self._made = None
 
     @classmethod
     def of(cls, plays: list[np.ndarray],   # memories uint8 (T, 128)
@@ -50,14 +61,6 @@ class _Facts(nn.Module):
 # %% ../nbs/06a_console.ipynb #con00013
 class Facts(_Facts):
     "The same, as rows of tables."
-    def _load_from_state_dict(self, *args):     # other tables: what was made of the old ones is void
-        super()._load_from_state_dict(*args)
-        self._made = None
-
-    def _apply(self, *args, **kwargs):          # the same on another device
-        self._made = None
-        return super()._apply(*args, **kwargs)
-
     @property
     def sizes(self) -> tuple[int, int]:
         "How many values there are, and how many steps, of all bytes."
@@ -82,8 +85,8 @@ class Facts(_Facts):
 UNKNOWN = -1    # a fact that is not known
 
 
-class _Trees(nn.Module):
-    "A decision tree for each fact: is some fact, or what is left of it after division by 16, or a key, at most so much? No weights: tables."
+class _Trees(_Tables):
+    "A decision tree for each fact: is some fact, or what is left of it after division by 16, or a key, at most so much?"
     def __init__(self, facts: int,
                  actions: int,    # of all games
                  nodes: int = 0   # of all trees; 0: nothing is foreseen
@@ -94,15 +97,6 @@ class _Trees(nn.Module):
         self.register_buffer("by_step", torch.zeros(facts, dtype=torch.bool))    # it answers with a step, not with a value
         for name, kind in (("asks", torch.uint8), ("limit", torch.uint8), ("right", torch.int32)):    # a leaf: how sure, of what, 0
             self.register_buffer(name, torch.zeros(nodes, dtype=kind))
-        self._made = None
-
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        self._made = None
-
-    def _apply(self, *args, **kwargs):
-        self._made = None
-        return super()._apply(*args, **kwargs)
 
     def questions(self, facts: Tensor, act: Tensor) -> Tensor:   # (B, facts), (B,) rows of keys, `actions`: any -> (B, 2 * facts + actions + 1)
         "What trees may ask; -1: not known. The last is known, and 0."
@@ -189,7 +183,7 @@ def write_program(facts: Facts,
         start[key] = sum(len(part[0]) for part in parts)
         parts.append((asks, limit, np.where(right > 0, right + start[key], 0).astype(np.int32)))
     for i, key in enumerate(alike): tables["root"][i], tables["by_step"][i] = start[key], trees[key][0]
-    tables |= {name: torch.from_numpy(np.concatenate(part)) for name, part in zip(("asks", "limit", "right"), zip(*parts))} if parts else {}
+    tables |= {name: torch.from_numpy(np.concatenate(part)) for name, part in zip(("asks", "limit", "right"), zip(*parts))}
     program = Program(len(facts.address), actions, len(tables.get("asks", ())))
     program.load_state_dict(program.state_dict() | tables)
     return program

@@ -43,6 +43,13 @@ class _Derived:
     @property
     def action_names(self) -> list[str]: return sorted({*sum(self.games.values(), ())})    # of all games: LEFT means the same in each
 
+    def actions(self) -> Tensor:     # (games, actions), rows of `action_names`; beyond a game's own: any
+        "Of each game's keys, which of all keys they are."
+        names = self.action_names
+        actions = torch.full((len(self.games), max(map(len, self.games.values()))), len(names))
+        for row, own in zip(actions, self.games.values()): row[:len(own)] = torch.tensor([names.index(a) for a in own])
+        return actions
+
 # %% ../nbs/06c_network.ipynb #1a38d1b5
 @dataclass
 class DynamicsConfig(_Derived):
@@ -299,12 +306,10 @@ class _Conditions(_Named):
     "What the player does, and in which game."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
-        D, names = config.width, config.action_names
-        self.act = nn.Embedding(len(names) + 1, D)                   # the last one means "any action" (action dropout)
+        D = config.width
+        self.act = nn.Embedding(len(config.action_names) + 1, D)                   # the last one means "any action" (action dropout)
         self.game = nn.Embedding(len(config.games), D)
-        actions = torch.full((len(config.games), max(map(len, config.games.values()))), len(names))
-        for row, own in zip(actions, config.games.values()): row[:len(own)] = torch.tensor([names.index(a) for a in own])
-        self.register_buffer("actions", actions, persistent=False)   # (games, actions) -> row of self.act
+        self.register_buffer("actions", config.actions(), persistent=False)   # (games, actions) -> row of self.act
 
     def named_action(self, actions: Tensor, game: Tensor) -> Tensor:   # (B, T), -1: any action; (B,) -> (B, T)
         "The number of a game's action among those of all games."

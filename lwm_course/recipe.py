@@ -224,10 +224,10 @@ def new_dynamics(tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], size: 
                  **options) -> Dynamics: # of `learn_program`
     "A new network. The small one follows the console's memory, where all recordings have it."
     if size != "nano" or not (follow and clips.remembers): return start or Dynamics.of(tokenizer, games, **DYNAMICS_SIZES[size])
-    blank = start or Dynamics.of(tokenizer, games)
+    keys = start.config if start else DynamicsConfig(games)
     known = [Facts.of([episode["ram"] for episode in episodes]) for episodes in clips.episodes]
-    programs = [learn_program(facts, game, rows.cpu(), len(blank.config.action_names), out / "program" / f"{data.slug(game)}.safetensors", **options)
-                for facts, game, rows in zip(known, games, blank.actions)]
+    programs = [learn_program(facts, game, rows, len(keys.action_names), out / "program" / f"{data.slug(game)}.safetensors", **options)
+                for facts, game, rows in zip(known, games, keys.actions())]
     values, strides = zip(*(facts.sizes for facts in known))
     tables = dict(facts=len(known[0].address), values=values, strides=strides, nodes=tuple(len(program.asks) for program in programs))
     model = with_consoles(start, **tables) if start else Dynamics.of(tokenizer, games, **tables, **DYNAMICS_SIZES[size])
