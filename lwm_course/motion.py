@@ -368,7 +368,7 @@ def decisions(episodes: list[dict],   # of one game, as `tokenize` writes them, 
 def clip_of(episode: dict,  # as `tokenize` writes it
             start: int,     # first frame
             length: int     # frames after it
-            ) -> dict:      # tokens, moved (T+1, h, w), actions (T+1,), age (h, w); of changes after the first frame: where, matches
+            ) -> dict:      # tokens, moved (T+1, h, w), actions (T+1,), age (h, w); of changes after the first frame: where, matches; facts (T+1, facts)
     "A piece of an episode, and how its tokens came. `where` counts from frame 1 of the clip; `age` is that one frame before its first."
     tokens, first = episode["tokens"][start:start + length + 1].astype(np.int64), episode["first"]
     which = slice(first[start], first[start + length + 1])
@@ -376,7 +376,7 @@ def clip_of(episode: dict,  # as `tokenize` writes it
     moved.reshape(-1)[where] = episode["moved"][which]
     later = where >= tokens[0].size
     return {"tokens": tokens, "moved": moved, "actions": episode["actions"][start:start + length + 1], "age": ages_at(episode["tokens"], start - 1),
-            "where": where[later] - tokens[0].size, "matches": episode["matches"][which][later].astype(np.int64)} | ({"ram": episode["ram"][start:start + length + 1]} if "ram" in episode else {})
+            "where": where[later] - tokens[0].size, "matches": episode["matches"][which][later].astype(np.int64)} | ({"facts": episode["facts"][start:start + length + 1].astype(np.int64)} if "facts" in episode else {})
 
 
 def matches_of(batch: dict,     # of `batch_of`
@@ -480,7 +480,6 @@ class TokenClips(_Chosen):
             which = int(rng.integers(len(self.episodes[game])))
             clip = clip_of(self.episodes[game][which], self.first_frame(rng, game, which, length), length)
             clips.append({"game": np.array(game), "weight": self.weight[game]} | clip)
-            if not self.remembers: clips[-1].pop("ram")
         return batch_of(clips)
 
 # %% ../nbs/06b_motion.ipynb #closeup9

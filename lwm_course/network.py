@@ -64,7 +64,7 @@ class DynamicsConfig(_Derived):
     token_width: int = 32   # E, channels of a token
     closer: int = 512       # W, channels of the closer look at a token that changes; a quarter of them name it
     looks: int = 2          # how often it is looked at in play: each time the surest are settled
-    own: int = 24           # channels of what a token is named by beside its looks; 0: as many as a name has
+    own: int = 64           # channels of what a token is named by beside its looks; 0: as many as a name has
     detail: int = 64        # channels of what is around a token
     drawn: tuple[int, int] = DRAWN   # rows and columns that the games draw
     shifts: tuple[int, int] = REACH  # by how many of them a patch may move, to either side
@@ -671,17 +671,11 @@ class _Watches(_Details):
               game: Tensor,           # (B,)
               facts: Tensor | None = None   # (B, facts) of the first frame; None: nothing is known
               ) -> Tensor:            # (B, T, facts)
-        "Read the facts of frames, each from the one before, by rule, and by what is seen. The first frame alone tells nothing: what stands still in it may move."
+        "What each one's console reads."
         if facts is None: facts = tokens.new_full((len(tokens), self.config.facts), UNKNOWN)
         if self.consoles is None: return facts[:, None].expand(*came_by.shape, -1)
-        act = self.named_action(came_by, game)
-        def follow(g, rows):
-            console, found, shape = self.consoles[g], [facts[rows]], (len(rows), tokens.shape[1] - 1)
-            reading, (now, before) = self.table(f"console {g}", lambda: console.reading(self.codes)), (part[rows].flatten(0, 1) for part in (tokens[:, 1:], tokens[:, :-1]))
-            sight = console.glance(now, before, reading).unflatten(0, shape)
-            for t in range(shape[1]): found.append(console.step(found[-1], act[rows, t + 1], sight[:, t]))
-            return torch.stack(found, 1)
-        return self.consoles.ask(game, follow)
+        act, reading = self.named_action(came_by, game), lambda g: self.table(f"console {g}", lambda: self.consoles[g].reading(self.codes))
+        return self.consoles.ask(game, lambda g, rows: self.consoles[g].watch(tokens[rows], act[rows], facts[rows], reading(g)))
 
 # %% ../nbs/06c_network.ipynb #tells022
 class _Follows(_Watches):
@@ -689,31 +683,34 @@ class _Follows(_Watches):
     def lines(self, facts: Tensor,    # (B, T, facts)
               actions: Tensor,        # (B, T) the key held next; -1: any
               game: Tensor            # (B,)
-              ) -> tuple[Tensor, Tensor] | None:   # (B, T, grid, draw)
-        "`Console.lines` of frames and what follows if a key is held."
+              ) -> Tensor | None:     # (B, T, 2, grid, draw)
+        "`Console.lines` of frames and what follows if a key is held, rows beside columns."
         if self.consoles is None: return None
         act = self.named_action(actions, game)
         def say(g, rows):
             console, known = self.consoles[g], facts[rows].flatten(0, 1)
             with torch.no_grad(): ahead = console.step(known, act[rows].flatten())
-            return tuple(line.unflatten(0, (len(rows), -1)) for line in console.lines(known, ahead))
+            return torch.stack(console.lines(known, ahead), 1).unflatten(0, (len(rows), -1))
         return self.consoles.ask(game, say)
 
-    def stirs(self, facts: Tensor, game: Tensor) -> Tensor | None:   # (B, T, facts), (B,) -> (B, T, P)
-        "Where something may change, whatever is held, for `look`."
+    def keyless(self, facts: Tensor, game: Tensor) -> Tensor | None:   # (B, T, facts), (B,) -> (B, T, 2, grid, draw)
+        "`lines` whatever key is held."
+        return self.lines(facts, facts.new_full(facts.shape[:2], -1), game)
+
+    def stirs(self, keyless: Tensor | None, game: Tensor) -> Tensor | None:   # of `keyless`, (B,) -> (B, T, P)
+        "Where something may change, for `look`."
         if self.consoles is None: return None
-        lines = self.lines(facts, torch.full_like(facts[..., 0], -1), game)
-        return self.consoles.ask(game, lambda g, rows: self.consoles[g].stirs(tuple(line[rows] for line in lines)))
+        return self.consoles.ask(game, lambda g, rows: self.consoles[g].stirs(keyless[rows].unbind(2)))
 
 # %% ../nbs/06c_network.ipynb #tells023
 class _Hints(_Follows):
     "Say it to the tokens that are computed."
-    def told(self, lines: tuple, active: Tensor, game: Tensor) -> Told:   # of `lines`; (B, T, P + 1), (B,)
+    def told(self, lines: Tensor, active: Tensor, game: Tensor) -> Told:   # of `lines`; (B, T, P + 1), (B,)
         "What is said of the tokens that are computed."
         frame, place = active[..., :-1].flatten(0, -2).nonzero().unbind(1)
-        which, (rows, columns) = game.repeat_interleave(lines[0].shape[1])[frame], (line.flatten(0, 1) for line in lines)
+        which, known = game.repeat_interleave(lines.shape[1])[frame], lines.flatten(0, 1).unbind(1)
         cells = self.cells[place]
-        first, out, gate = self.consoles.ask(which, lambda g, some: self.consoles[g].at((rows, columns), frame[some], cells[some]))
+        first, out, gate = self.consoles.ask(which, lambda g, some: self.consoles[g].at(known, frame[some], cells[some]))
         return Told(frame[:, None], cells, first.flatten(1), out, gate)
 
     def hinted(self, features: Tensor, active: Tensor, told: Told) -> Tensor:   # of `look`; the same
@@ -757,7 +754,7 @@ class _Heads(_Hints):
 class Dynamics(_Heads):
     "Trunk (once per frame, recurrent) and head (once per refinement step): tokens and keys in, next tokens out."
     def reply(self, features: Tensor, active: Tensor, tokens: Tensor, onward: Tensor, known: Tensor, actions: Tensor, game: Tensor,  # of `predict`
-              lines: tuple | None     # of `lines`, for these actions
+              lines: Tensor | None    # of `lines`, for these actions
               ) -> tuple[Tensor, Tensor]:   # as of `predict`
         "What comes next if this key is held, by all that is known: the head, told by the console's memory."
         if lines is None: return self.predict(features, active, tokens, onward, known, actions, game)

@@ -176,7 +176,7 @@ class Context:
         "What a network says of each next frame: embeddings of its tokens, and copy logits."
         came_by, tokens, moved, onward = F.pad(self.actions, (1, 0))[:, :-1], self.tokens[:, :-1], self.moved[:, :-1], self.onward(model)
         facts = model.watch(tokens, came_by, self.game)
-        features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, stirs=model.stirs(facts, self.game), remember=False)
+        features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, stirs=model.stirs(model.keyless(facts, self.game), self.game), remember=False)
         return model.reply(features, active, tokens, onward, torch.full_like(tokens, model.mask), self.actions, self.game, model.lines(facts, self.actions, self.game))
 
 # %% ../nbs/13_quantization.ipynb #q13c034
@@ -550,7 +550,9 @@ def clip_batches(wm: WorldModel,
         found, own = data.clips(folder, [game], length + 2, wm.frame_size[0], each, split, seed), []
         for frames, actions in zip(map(torch.from_numpy, found["frames"]), found["actions"]):
             tokens = wm.tokenizer.encode(frames)
-            episode = {"tokens": tokens.cpu().numpy(), "actions": np.pad(actions, (1, 0)), **motion.explain(wm.motion, frames, tokens)}
+            came_by, where = np.pad(actions, (1, 0)), torch.tensor([wm.game_index(game)], device=tokens.device)
+            with torch.inference_mode(): facts = wm.dynamics.watch(tokens[None], torch.from_numpy(came_by).to(tokens)[None], where)[0]
+            episode = {"tokens": tokens.cpu().numpy(), "actions": came_by, "facts": facts.cpu().numpy(), **motion.explain(wm.motion, frames, tokens)}
             own.append(motion.clip_of(episode, 1, length))
         busy = max(np.mean([len(clip["where"]) / length for clip in own]), 1)
         pool += [clip | {"game": np.array(wm.game_index(game)), "weight": np.float32(1 / busy)} for clip in own]

@@ -514,7 +514,7 @@ class _Objective(nn.Module):
 
     def forward(self, batch, step: int): return self.loss(self.model, batch, step)
 
-
+# %% ../nbs/02_training.ipynb #c86b6ea8
 class Workers:
     "This process among those that torchrun started. A single process needs nothing installed."
     def __init__(self,
@@ -522,7 +522,9 @@ class Workers:
                  ):
         self.rank, self.world, self.device, self.accelerator = 0, int(os.environ.get("WORLD_SIZE", "1")), device(where), None
         if self.world == 1: return
-        self.accelerator = require("accelerate", extra="train").Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+        accelerate = require("accelerate", extra="train")
+        seldom = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)      # what serves one game is of no use to a batch without it
+        self.accelerator = accelerate.Accelerator(cpu=self.device.type == "cpu", mixed_precision="no", kwargs_handlers=[seldom])
         self.rank, self.device = self.accelerator.process_index, self.accelerator.device
 
     def prepare(self, objective: nn.Module) -> nn.Module:

@@ -261,7 +261,7 @@ def test_a_network_with_a_console_learns_with_a_memory_and_without(told):
     net = wise_world().dynamics.train().requires_grad_(True)
     for console in net.consoles: console.keep_rules()
     for part in (net.closeup.answer.weight, net.router.recall[-1].weight, *net.enter_age.parameters()): torch.nn.init.normal_(part)
-    batch = batch_of(film_of(2, 9)) | ({"ram": RAM[:, :9]} if told else {})
+    batch = batch_of(film_of(2, 9)) | ({"facts": torch.stack([own.read(ram) for own, ram in zip(KEPT, RAM[:, :9])])} if told else {})
     loss, parts = dynamics_loss(net, batch, 401, Recipe(masked=0.5))
     loss.backward()
     silent = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()}
@@ -273,17 +273,17 @@ def test_a_network_with_a_console_learns_with_a_memory_and_without(told):
     assert half.isfinite() and {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum()} >= {"consoles.0.tell.weight", "consoles.0.stir.weight"}
 
 
-def test_what_is_known_at_first_is_all_or_some_or_nothing(wise):
-    game, ram = torch.arange(200) % 2, RAM.repeat(100, 1, 1)
-    batch = {"game": game, "ram": ram, "actions": torch.zeros(200, 60)}
-    true = dynamics.first_facts(wise.dynamics, batch, 0.0)
-    assert torch.equal(true, torch.stack([KEPT[g].read(own) for g, own in zip(game.tolist(), ram[:, 0])])) and (true >= 0).all()
+def test_what_is_known_is_what_was_read_or_some_of_it_or_nothing(wise):
+    facts = torch.stack([own.read(ram) for own, ram in zip(KEPT, RAM)]).repeat(100, 1, 1)
+    batch = {"game": torch.arange(200) % 2, "facts": facts, "actions": torch.zeros(200, 60)}
+    assert torch.equal(dynamics.known_facts(wise.dynamics, batch), facts) and (facts >= 0).all()
     torch.manual_seed(0)
-    some = dynamics.first_facts(wise.dynamics, batch, 0.5)
-    hidden = (some == UNKNOWN).float().mean(1)
-    assert torch.equal(some[some >= 0], true[some >= 0]) and 0.3 < (hidden == 0).float().mean() < 0.8 and 0.1 < hidden.mean() < 0.4
-    del batch["ram"]
-    assert (dynamics.first_facts(wise.dynamics, batch, 0.0) == UNKNOWN).all()
+    some = dynamics.known_facts(wise.dynamics, batch, 0.5)
+    hidden = (some == UNKNOWN).float().mean((1, 2))
+    assert torch.equal(some[some >= 0], facts[some >= 0]) and 0.3 < (hidden == 0).float().mean() < 0.8 and 0.1 < hidden.mean() < 0.4
+    assert torch.equal((some == UNKNOWN).all(1), (some == UNKNOWN).any(1))          # in all frames of a clip
+    del batch["facts"]
+    assert (dynamics.known_facts(wise.dynamics, batch) == UNKNOWN).all()
 
 
 def test_facts_go_on_from_frame_to_frame(wise):
@@ -356,7 +356,7 @@ def test_where_nothing_is_told_the_answer_is_the_heads():
     keys, moved = torch.randint(3, (2, 5)), torch.randint(MOVED + 40, tokens.shape)
     with torch.inference_mode():
         facts = net.watch(tokens, keys, game)
-        features, active, _, _ = look(net, tokens, moved, keys, game, stirs=net.stirs(facts, game))
+        features, active, _, _ = look(net, tokens, moved, keys, game, stirs=net.stirs(net.keyless(facts, game), game))
         asked = tokens, net.onward(moved, tokens), torch.full_like(tokens, net.mask), keys, game
         (out, gate), lines = net.predict(features, active, *asked), net.lines(facts, keys, game)
         told, packed = net.reply(features, active, *asked, lines), net.reply(features[active], active, *asked, lines)
@@ -371,8 +371,8 @@ def test_own_prediction_with_a_memory_is_what_play_would_show(wise):
     frames, keys = play_of(2, 7)
     tokens, moved = wise.read(torch.as_tensor(frames))
     actions, game = torch.nn.functional.pad(torch.as_tensor(keys), (1, 0)), torch.tensor([0, 1])
-    facts = wise.dynamics.watch(tokens[:, :-1], actions[:, :-1], game)
-    own, _ = own_prediction(wise.dynamics, tokens[:, :-1], moved[:, :-1], batch_of(tokens) | {"moved": moved, "actions": actions}, facts)
+    facts = wise.dynamics.watch(tokens, actions, game)
+    own, _ = own_prediction(wise.dynamics, tokens[:, :-1], moved[:, :-1], batch_of(tokens) | {"moved": moved, "actions": actions, "facts": facts})
     played, shift, _ = wise.next_tokens(wise.start(frames[:, :5], keys[:, :4], [PONG, FREEWAY]), torch.as_tensor(keys[:, 4]))
     assert (own[:, 5] == played)[shift < 0].float().mean() > 0.95
 
@@ -404,7 +404,7 @@ def test_what_was_read_is_read_anew_by_other_weights():
     with torch.inference_mode(): assert not torch.allclose(reading(), before)
     assert not torch.equal(first, second)
     world.dynamics.requires_grad_(True)
-    loss, _ = dynamics_loss(world.dynamics.train(), batch_of(film_of(2, 5)) | {"ram": RAM[:, :5]})     # after play, in the same process
+    loss, _ = dynamics_loss(world.dynamics.train(), batch_of(film_of(2, 5)) | {"facts": KEPT[0].read(RAM[:, :5])})     # after play, in the same process
     loss.backward()
 
 

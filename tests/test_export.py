@@ -176,7 +176,7 @@ def test_what_the_memory_says_is_told_in_an_engine_too(small):
     frames, actions = (np.stack([part[:n] for part in parts]) for n, parts in zip((8, 7), zip(*(opening(small, g) for g in games))))
     backend = Backend(small, graphs(small))
     true = own = small.start(frames, actions, games)
-    assert (true.facts >= 0).any() and small.dynamics.stirs(true.facts[:, None], true.game).abs().max() > 0.01
+    assert (true.facts >= 0).any() and small.dynamics.stirs(true.keyless[:, None], true.game).abs().max() > 0.01
     for key in key_presses(4, 6):
         (a, true), (b, own) = small.step(true, [key] * 3, guidance=1.5), backend.step(own, [key] * 3, guidance=1.5)
         assert torch.equal(a, b) and torch.equal(true.facts, own.facts) and torch.equal(true.active, own.active)

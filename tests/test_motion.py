@@ -123,7 +123,7 @@ def test_an_episode_and_its_clips_agree(tmp_path, repository):
         tokens = tokenizer.encode(film)
         changed = tokens[1:] != tokens[:-1]
         matches = motion.matches(film[1:], film[:-1], changed)
-        assert clip["ram"].shape == (length + 1, 0) and np.array_equal(clip["tokens"], tokens) and np.array_equal(clip["moved"][1:], motion.came(matches, changed))
+        assert "facts" not in clip and np.array_equal(clip["tokens"], tokens) and np.array_equal(clip["moved"][1:], motion.came(matches, changed))
         assert np.array_equal(clip["matches"], matches[:, :FEW]) and np.array_equal(clip["where"], changed.flatten().nonzero()[:, 0])
         batch = batch_of([{**clip, "game": np.array(i)} for i in (0, 1)])
         assert torch.equal(matches_of(batch, torch.stack([changed] * 2)), torch.cat([matches[:, :FEW]] * 2))
@@ -240,18 +240,20 @@ def recorded(folder, forgetful=()):
     return data.split_of(3)
 
 
-def test_the_memory_goes_along_where_all_have_one(tmp_path):
+def test_facts_go_along_where_they_were_read(tmp_path):
     split = recorded(tmp_path / "all")
     clips = TokenClips(tmp_path / "all", [PONG], lengths=(4, 8), batch=2, split=split)
+    assert clips.remembers and "facts" not in clips(2)
+    for episode in clips.episodes[0]: episode["facts"] = episode["ram"][:, :6].astype(np.int16)
     batch = clips(2)
-    assert clips.remembers and batch["ram"].shape == (2, 5, 128) and batch["ram"].dtype == torch.uint8
-    assert torch.equal(batch["ram"][..., 7].long(), batch["tokens"][..., 0, 0].long())          # each frame beside its own
+    assert batch["facts"].shape == (2, 5, 6) and batch["facts"].dtype == torch.int64
+    assert torch.equal(batch["facts"][..., 5], batch["tokens"][..., 0, 0])          # each frame beside its own
     mine = [seed for seed in range(4) if data.split_of(seed) == split]
     for name, forgetful in (("one", mine[:1]), ("none", mine)):
         recorded(tmp_path / name, forgetful)
         clips = TokenClips(tmp_path / name, [PONG], lengths=(4, 8), batch=8, split=split)
         batch = clips(2)
-        assert not clips.remembers and "ram" not in batch and batch["tokens"].shape == (8, 5, 8, 8)
+        assert not clips.remembers and batch["tokens"].shape == (8, 5, 8, 8)
 
 
 def test_a_share_of_the_clips_is_where_a_key_decides(tmp_path):

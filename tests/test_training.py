@@ -577,7 +577,9 @@ SEVERAL = """
     advance(run, to_device(shard(batch_at(0), run.workers.rank, run.workers.world), run.workers.device), 0.5)
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.save(gradients, f"gradients-{run.workers.world}-{run.workers.rank}.pt")
-    fit(model, batch_at, plain, config(steps=5, dtype="float32"), f"run-{run.workers.world}", quiet=True)
+    model.register_parameter("seldom", nn.Parameter(torch.ones(())))      # in some steps only
+    sometimes = lambda model, batch, step: (plain(model, batch, step)[0] + (model.seldom.square() if step % 2 else 0), {})
+    fit(model, batch_at, sometimes, config(steps=5, dtype="float32"), f"run-{run.workers.world}", quiet=True)
     torch.save(model.state_dict(), f"weights-{run.workers.world}-{run.workers.rank}.pt")
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 """
@@ -595,6 +597,7 @@ def test_two_processes_compute_the_gradient_of_the_whole_batch(tmp_path):
     alone, halves = load("gradients-1-0"), [load(f"gradients-2-{rank}") for rank in (0, 1)]
     assert torch.equal(*halves) and torch.allclose(halves[0], alone, rtol=1e-5, atol=1e-7)
     assert same(load("weights-2-0"), load("weights-2-1"))
+    assert load("weights-2-0")["seldom"] < 1
     ledger = json.loads((tmp_path / "run-2/ledger.json").read_text())
     assert ledger["devices"] == 2 and ledger["device_hours"] == pytest.approx(ledger["seconds"] / 3600 * 2, abs=1e-5)
 
