@@ -693,11 +693,11 @@ class _Follows(_Watches):
             return torch.stack(console.lines(known, ahead), 1).unflatten(0, (len(rows), -1))
         return self.consoles.ask(game, say)
 
-    def keyless(self, facts: Tensor, game: Tensor) -> Tensor | None:   # (B, T, facts), (B,) -> (B, T, 2, grid, draw)
+    def keyless(self, facts: Tensor, game: Tensor) -> Tensor:   # (B, T, facts), (B,) -> (B, T, 2, grid, draw), or (B, T, 0): there is no console
         "`lines` whatever key is held."
-        return self.lines(facts, facts.new_full(facts.shape[:2], -1), game)
+        return facts.new_zeros(*facts.shape[:2], 0) if self.consoles is None else self.lines(facts, facts.new_full(facts.shape[:2], -1), game)
 
-    def stirs(self, keyless: Tensor | None, game: Tensor) -> Tensor | None:   # of `keyless`, (B,) -> (B, T, P)
+    def stirs(self, keyless: Tensor, game: Tensor) -> Tensor | None:   # of `keyless`, (B,) -> (B, T, P)
         "Where something may change, for `look`."
         if self.consoles is None: return None
         return self.consoles.ask(game, lambda g, rows: self.consoles[g].stirs(keyless[rows].unbind(2)))

@@ -545,15 +545,15 @@ def clip_batches(wm: WorldModel,
                  batch: int = 8, split: str = "train", seed: int = 0
                  ) -> Callable:              # step -> batch, as `dynamics_loss` takes it
     "Batches of play for a touch of training: too short to encode whole recordings for it."
-    pool = []
+    pool, ahead = [], 1 if wm.dynamics.consoles is None else 32     # frames before a clip: consoles begin with nothing known
     for game in games:
-        found, own = data.clips(folder, [game], length + 2, wm.frame_size[0], each, split, seed), []
+        found, own = data.clips(folder, [game], length + 1 + ahead, wm.frame_size[0], each, split, seed), []
         for frames, actions in zip(map(torch.from_numpy, found["frames"]), found["actions"]):
             tokens = wm.tokenizer.encode(frames)
             came_by, where = np.pad(actions, (1, 0)), torch.tensor([wm.game_index(game)], device=tokens.device)
             with torch.inference_mode(): facts = wm.dynamics.watch(tokens[None], torch.from_numpy(came_by).to(tokens)[None], where)[0]
             episode = {"tokens": tokens.cpu().numpy(), "actions": came_by, "facts": facts.cpu().numpy(), **motion.explain(wm.motion, frames, tokens)}
-            own.append(motion.clip_of(episode, 1, length))
+            own.append(motion.clip_of(episode, ahead, length))
         busy = max(np.mean([len(clip["where"]) / length for clip in own]), 1)
         pool += [clip | {"game": np.array(wm.game_index(game)), "weight": np.float32(1 / busy)} for clip in own]
     return lambda step: motion.batch_of([pool[i] for i in np.random.default_rng([seed, step]).integers(len(pool), size=batch)])

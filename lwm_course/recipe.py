@@ -142,8 +142,7 @@ def learn_program(facts: Facts, game: str,
                   memories: int = MEMORIES, seed: int = 0, workers: int | None = None, quiet: bool = False) -> Program:
     "The program of a game, grown from plays of its own: on what a tree has counted, it is better than it will ever be again."
     if not memories: return Program(len(facts.address), actions)        # nothing is foreseen by it
-    if kept.exists():
-        tables = load_file(kept)
+    if kept.exists() and (tables := load_file(kept))["asks"].dtype == torch.int16:      # older ones could not ask how far
         program = Program(len(facts.address), actions, len(tables["asks"]))
         program.load_state_dict(tables)
         return program
@@ -180,14 +179,15 @@ def read_memory(console: Console, episodes: list[dict],   # of `TokenClips`; the
                 rows: Tensor, codes: Tensor,    # as of `train_console`
                 some: int = 16         # frames of all episodes that are read at once
                 ) -> None:
-    "Set beside each recorded frame what the console reads of the memory, from the beginning of its play on: so well it will be known in play."
-    longest, reading = max(len(e["tokens"]) for e in episodes), console.reading(codes)
+    "Set beside each recorded frame what the console reads of the memory, from the beginning of its play on, as it will in play."
+    longest, where = max(len(e["tokens"]) for e in episodes), console.value.weight.device
+    rows, reading = rows.to(where), console.reading(codes.to(where))
     until = lambda e, name, t: e[name][np.arange(t, min(t + some + 1, longest)).clip(max=len(e["tokens"]) - 1)].astype(np.int64)     # the shorter ones stand still
-    found = [torch.full((len(episodes), 1, len(console.facts.address)), UNKNOWN)]
+    found = [torch.full((len(episodes), 1, len(console.facts.address)), UNKNOWN, device=where)]
     for t in range(0, longest - 1, some):
-        tokens, came_by = (torch.from_numpy(np.stack([until(e, name, t) for e in episodes])) for name in ("tokens", "actions"))
+        tokens, came_by = (torch.from_numpy(np.stack([until(e, name, t) for e in episodes])).to(where) for name in ("tokens", "actions"))
         found.append(console.watch(tokens, rows[came_by], found[-1][:, -1], reading)[:, 1:])
-    for e, facts in zip(episodes, torch.cat(found, 1)): e["facts"] = facts[:len(e["tokens"])].numpy().astype(np.int16)
+    for e, facts in zip(episodes, torch.cat(found, 1)): e["facts"] = facts[:len(e["tokens"])].cpu().numpy().astype(np.int16)
 
 
 def read_memories(model: Dynamics, *clips: TokenClips) -> None:
@@ -205,8 +205,9 @@ def train_console(console: Console, game: str, rows: Tensor, codes: Tensor,    #
     "Train what reads a game's memory and carries it on, then once more on what it has read (DAgger, Ross et al. 2011); continues an interrupted run."
     loss = lambda model, batch, step: console_loss(model, batch, codes.to(batch["film"].device), step)
     windows, part = Windows(tokens, game, console.facts, rows, seed=config.seed), replace(config, minutes=config.minutes and config.minutes / len(STAGES))
-    for stage in STAGES:
-        if stage == "read": read_memory(console.cpu(), windows.episodes[0], rows, codes)
+    for i, stage in enumerate(STAGES):
+        windows.seed = (part := replace(part, seed=config.seed + i)).seed        # other windows, and other chances
+        if stage == "read": read_memory(console, windows.episodes[0], rows, codes)
         training.fit(console, windows, loss, part, out / stage, None, data_hash(tokens, [game]), quiet=quiet)
     return game, console.cpu().state_dict()
 

@@ -12,7 +12,7 @@ __all__ = ['MODELS', 'FREE', 'device', 'dtype', 'psnr', 'ssim', 'interval', 'Sum
            'fit']
 
 # %% ../nbs/02_training.ipynb #e1016d73
-import contextlib, hashlib, io, itertools, json, math, os, signal, sys, tempfile, threading, time
+import contextlib, hashlib, io, itertools, json, math, os, signal, sys, tempfile, textwrap, threading, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwm_course.console import DOUBT, UNKNOWN, Console, Consoles, Facts, Program, console_loss, draw_loss, lose, write_program
+from lwm_course.console import DOUBT, UNKNOWN, Console, Consoles, Facts, Program, console_loss, draw_loss, lose, remembered, write_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, PLACE, SPEED, BAT = 3, 10, 11, 40    # bytes of a game that is played here
@@ -560,15 +560,33 @@ def test_who_reads_from_nothing_reads_on_from_what_was_read(monkeypatch):
     assert (steps[0][0] == UNKNOWN).all() and torch.equal(steps[1][0], steps[0][1]) and torch.equal(steps[2][0], steps[1][1])
 
 
-def test_who_sees_may_remember_another_game(monkeypatch):
+def test_who_sees_may_remember_another_moment_or_what_was_read():
+    torch.manual_seed(0)
+    true = windows(facts_of(), 400)["facts"][:, 0, :4]
+    read, other, sees, blank = true + 100, true.roll(1, 0), torch.arange(400)[:, None] < 200, torch.arange(400)[:, None] % 200 < 40
+    for wrong, mistaken in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
+        known = remembered(true, read if mistaken else None, sees, blank, hide=0.3, wrong=wrong, mistaken=mistaken)
+        assert (known[blank[:, 0]] == UNKNOWN).all()
+        unseeing = (~sees & ~blank)[:, 0]
+        assert ((known == true) | (known == UNKNOWN))[unseeing].all() and 0 < (known[unseeing] == UNKNOWN).float().mean() < 0.3
+        seeing, unlike = (sees & ~blank)[:, 0], other != true
+        as_read, as_other = (known == read).all(1)[seeing], ((known == other) & unlike).any(1)[seeing]
+        assert abs(as_read.float().mean() - mistaken) < 0.15 and (as_other.float().mean() > 0.3) == (wrong == 1.0) and as_other.any() == (wrong > 0)
+        assert wrong < 1 or ((known == true) & unlike)[seeing].any()      # in part
+
+
+def test_a_console_goes_on_from_what_was_read(monkeypatch):
     console, known = console_of(2, 0.1), []
-    batch, real = windows(console.facts, 64), console.nats
-    monkeypatch.setattr(console, "nats", lambda *args: known.append((args[0], args[3].any(1))) or real(*args))
-    console_loss(console, batch, CODES, 0, hide=0.0, wrong=1.0)
-    (found, sees), true = known[0], batch["facts"][:, -2]
-    mixed = (found != true).any(1)
-    assert torch.equal(found[found != true], true.roll(1, 0)[found != true]) and not mixed[~sees].any() and mixed[sees].float().mean() > 0.3
-    assert (found == true)[mixed].any()                             # in part
+    batch, real = windows(console.facts, 64), console.step
+    monkeypatch.setattr(console, "step", lambda *args: known.append(args) or real(*args))
+    monkeypatch.setattr(console, "nats", lambda *args: known.append(args) or args[0].sum(1) * console.value_bias[0])
+    batch["read"] = batch["facts"].roll(1, 1) * 0 + torch.arange(6)[:, None]      # its frame's number
+    for step, own in ((0, 0), (7, 3)):
+        known.clear()
+        console_loss(console, batch, CODES, step, hide=0.0, wrong=0.0, mistaken=1.0)
+        first, _, sight = (part for part in (*known[0][:2], known[0][-1]))
+        sees = sight.any(1)
+        assert sees.any() and not sees.all() and (first[sees] == 4 - own).all() and torch.equal(first[~sees], batch["facts"][:, 4 - own][~sees])
 
 
 def test_what_is_lost_was_moving_and_another_picture_of_the_game_is_there():

@@ -248,6 +248,10 @@ def test_facts_go_along_where_they_were_read(tmp_path):
     batch = clips(2)
     assert batch["facts"].shape == (2, 5, 6) and batch["facts"].dtype == torch.int64
     assert torch.equal(batch["facts"][..., 5], batch["tokens"][..., 0, 0])          # each frame beside its own
+
+
+def test_a_memory_is_remembered_where_all_have_one(tmp_path):
+    split = data.split_of(3)
     mine = [seed for seed in range(4) if data.split_of(seed) == split]
     for name, forgetful in (("one", mine[:1]), ("none", mine)):
         recorded(tmp_path / name, forgetful)
