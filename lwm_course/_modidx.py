@@ -20,7 +20,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lwm_course.console.Console.stirs': ('console.html#console.stirs', 'lwm_course/console.py'),
                                     'lwm_course.console.Consoles': ('console.html#consoles', 'lwm_course/console.py'),
                                     'lwm_course.console.Consoles.ask': ('console.html#consoles.ask', 'lwm_course/console.py'),
-                                    'lwm_course.console.Consoles.read': ('console.html#consoles.read', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts': ('console.html#facts', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts.sizes': ('console.html#facts.sizes', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts.table': ('console.html#facts.table', 'lwm_course/console.py'),

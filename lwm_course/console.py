@@ -474,9 +474,3 @@ class Consoles(nn.ModuleList):
         answers, order = [answer(g, which) for g, which in zip(found, rows)], torch.cat(rows).argsort()
         if isinstance(answers[0], Tensor): return torch.cat(answers)[order]
         return tuple(torch.cat(part)[order] for part in zip(*answers))
-
-    def read(self, ram: Tensor,      # uint8 (N, ..., 128)
-             game: Tensor            # (N,)
-             ) -> Tensor:            # (N, ..., facts)
-        "The facts in memories."
-        return self.ask(game, lambda g, rows: self[g].facts.read(ram[rows]))

@@ -169,9 +169,10 @@ class Windows(TokenClips):
             episode = self.episodes[0][rng.integers(len(self.episodes[0]))]
             t = rng.integers(len(episode["tokens"]) - self.length)
             frames = slice(t, t + self.length + 1)
-            windows.append((episode["ram"][frames], episode["actions"][frames][1:], *(episode[name][frames].astype(np.int64) for name in ("tokens", "facts") if name in episode)))
-        ram, acts, film, *read = (torch.from_numpy(np.stack(part)) for part in zip(*windows))
-        return {"facts": self.facts.read(ram), "acts": self.rows[acts], "film": film} | dict(zip(["read"], read))
+            windows.append({name: episode[name][frames] for name in ("ram", "actions", "tokens", "facts") if name in episode})
+        part = {name: torch.from_numpy(np.stack([window[name] for window in windows])) for name in windows[0]}
+        read = {"read": part["facts"].long()} if "facts" in part else {}
+        return {"facts": self.facts.read(part["ram"]), "acts": self.rows[part["actions"][:, 1:]], "film": part["tokens"].long()} | read
 
 # %% ../nbs/recipe.ipynb #rec00053
 @torch.inference_mode()
@@ -204,11 +205,11 @@ def train_console(console: Console, game: str, rows: Tensor, codes: Tensor,    #
                   quiet: bool = False) -> tuple[str, dict]:      # the game, and what was learned
     "Train what reads a game's memory and carries it on, then once more on what it has read (DAgger, Ross et al. 2011); continues an interrupted run."
     loss = lambda model, batch, step: console_loss(model, batch, codes.to(batch["film"].device), step)
-    windows, part = Windows(tokens, game, console.facts, rows, seed=config.seed), replace(config, minutes=config.minutes and config.minutes / len(STAGES))
-    for i, stage in enumerate(STAGES):
-        windows.seed = (part := replace(part, seed=config.seed + i)).seed        # other windows, and other chances
+    windows, minutes = Windows(tokens, game, console.facts, rows), config.minutes and config.minutes / len(STAGES)
+    for seed, stage in enumerate(STAGES, config.seed):
+        windows.seed = seed        # other windows, and other chances
         if stage == "read": read_memory(console, windows.episodes[0], rows, codes)
-        training.fit(console, windows, loss, part, out / stage, None, data_hash(tokens, [game]), quiet=quiet)
+        training.fit(console, windows, loss, replace(config, minutes=minutes, seed=seed), out / stage, None, data_hash(tokens, [game]), quiet=quiet)
     return game, console.cpu().state_dict()
 
 
@@ -227,9 +228,8 @@ def train_consoles(dynamics: Dynamics,    # with consoles, whose facts are set
         (console := dynamics.consoles[games.index(game)]).load_state_dict(learned)
         if silent: console.say_nothing()
     each = [json.loads((folder / stage / "ledger.json").read_text()) for folder in folders for stage in STAGES]
-    total = {name: sum(ledger[name] for ledger in each) for name in ("parameters", "steps", "seconds", "cost_usd")}
-    total["parameters"] //= len(STAGES)
-    course.write_json(out / "ledger.json", each[-1] | total)
+    total = {name: sum(ledger[name] for ledger in each) for name in ("steps", "seconds", "cost_usd")}
+    course.write_json(out / "ledger.json", each[-1] | total | {"parameters": sum(p.numel() for p in dynamics.consoles.parameters())})
 
 # %% ../nbs/recipe.ipynb #rec00041
 SHARE = 0.25    # of the training time is the consoles', unless something else is asked for

@@ -410,7 +410,7 @@ def test_players_do_not_touch_one_another():
 def test_each_is_answered_by_the_console_of_their_game():
     two, game = Consoles([console_of(1, 0.1), console_of(2, 0.1, facts=few_facts())]), torch.tensor([1, 0, 0, 1, 0])
     ram = torch.from_numpy(np.stack([little(3)[50], PLAYS[0][0][9], PLAYS[1][0][9], little(4)[50], PLAYS[2][0][9]]))
-    now, act = two.read(ram, game), torch.tensor([0, 1, 2, 1, 0])
+    now, act = two.ask(game, lambda g, rows: two[g].facts.read(ram[rows])), torch.tensor([0, 1, 2, 1, 0])
     step = lambda which: two.ask(game[which], lambda g, rows: two[g].step(now[which][rows], act[which][rows]))
     together = step(torch.arange(5))
     for i, g in enumerate(game.tolist()):
@@ -580,12 +580,11 @@ def test_a_console_goes_on_from_what_was_read(monkeypatch):
     batch, real = windows(console.facts, 64), console.step
     monkeypatch.setattr(console, "step", lambda *args: known.append(args) or real(*args))
     monkeypatch.setattr(console, "nats", lambda *args: known.append(args) or args[0].sum(1) * console.value_bias[0])
-    batch["read"] = batch["facts"].roll(1, 1) * 0 + torch.arange(6)[:, None]      # its frame's number
+    batch["read"] = torch.arange(6)[:, None].expand_as(batch["facts"])      # its frame's number
     for step, own in ((0, 0), (7, 3)):
         known.clear()
         console_loss(console, batch, CODES, step, hide=0.0, wrong=0.0, mistaken=1.0)
-        first, _, sight = (part for part in (*known[0][:2], known[0][-1]))
-        sees = sight.any(1)
+        first, sees = known[0][0], known[0][-1].any(1)
         assert sees.any() and not sees.all() and (first[sees] == 4 - own).all() and torch.equal(first[~sees], batch["facts"][:, 4 - own][~sees])
 
 
