@@ -215,15 +215,15 @@ class _Turns:
         self.seed, self.games_started, self.reward, self.done = seed, 1, 0.0, False
         self._game.reset(seed)
 
-    def step_native(self, action: int):
-        "`step` without the frame: a recording needs only `native`."
+    def step_native(self, action: int, *pictures: int):
+        "`step` without the frame, or as many of its pictures."
         if not 0 <= action < len(self.actions):
             raise ValueError(f"{self.name} has actions 0 to {len(self.actions) - 1} ({', '.join(self.actions)}), not {action}.")
         if self.done:
             self._game.reset(self.seed + self.games_started)
             self.games_started, self.reward, self.done = self.games_started + 1, 0.0, False
         else:
-            self.reward, self.done = self._game.step(int(action))
+            self.reward, self.done = self._game.step(int(action), *pictures)
 
 # %% ../nbs/01_data.ipynb #171d5644
 class _Steps(_Turns):

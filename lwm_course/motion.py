@@ -421,23 +421,25 @@ class _Clips:
                  games: list[str],            # their order gives the game's number
                  lengths: tuple[int, ...] = (12, 12, 12, 48),  # T, predicted frames per clip, step by step: short and long memory
                  batch: int = 8,              # clips of the shortest length per batch and process; of longer ones fewer
-                 split: str = "train", seed: int = 0):
-        self.games, self.lengths, self.batch, self.seed, self.episodes = games, lengths, batch, seed, []
+                 split: str = "train", seed: int = 0,
+                 only: Iterable[str] = ()      # these games alone; (): all
+                 ):
+        self.games, self.lengths, self.batch, self.seed, self.episodes, self.played = games, lengths, batch, seed, [], list(only) or games
         for game in games:
-            loaded = [read_tokens(path) for path in data.episodes(folder, [game], split)]
+            loaded = [read_tokens(path) for path in data.episodes(folder, [game], split)] if game in self.played else []
             self.episodes.append([episode for episode in loaded if len(episode["tokens"]) > max(lengths)])
-            if not self.episodes[-1]:
+            if game in self.played and not self.episodes[-1]:
                 raise ValueError(f"{folder} has no {split} episode of {game} with more than {max(lengths)} frames: record more")
-        busy = [np.mean([len(e["where"]) / (len(e["tokens"]) - 1) for e in episodes]) for episodes in self.episodes]
+        busy = [np.mean([len(e["where"]) / (len(e["tokens"]) - 1) for e in episodes] or 1) for episodes in self.episodes]
         self.weight = (1 / np.maximum(busy, 1)).astype(np.float32)     # a game in which much changes counts no more than a calm one
 
     @cached_property
     def remembers(self) -> bool: return all(e["ram"].shape[1] for episodes in self.episodes for e in episodes)   # the console's memory was recorded
 
-    def usual(self) -> Tensor:   # (games, h, w)
-        "The commonest token of every place in each game."
-        some = [np.concatenate([e["tokens"][::41] for e in episodes])[:1000].astype(np.int64) for episodes in self.episodes]
-        return torch.stack([torch.from_numpy(tokens).mode(0).values for tokens in some])
+    def usual(self, game: int) -> Tensor:   # (h, w)
+        "The commonest token of every place in a game."
+        some = np.concatenate([e["tokens"][::41] for e in self.episodes[game]])[:1000].astype(np.int64)
+        return torch.from_numpy(some).mode(0).values
 
     def owned(self, codebook: int) -> Tensor:   # bool (games, codebook)
         "Which codes occur in each game."
@@ -452,12 +454,12 @@ class _Chosen(_Clips):
                  more: Iterable[str] = (),  # these games come once more in every round
                  **named):
         super().__init__(*args, **named)
-        self.decisive, self.order = decisive * self.remembers, [*range(len(self.games)), *map(self.games.index, more)]
+        self.decisive, self.order = decisive * self.remembers, [*map(self.games.index, (*self.played, *more))]
 
     @cached_property
     def decided(self) -> list[list[np.ndarray]]:
         "Of each episode of each game, how much is decided up to each frame."
-        return [[np.square(nats).cumsum() for nats in decisions(episodes)] for episodes in self.episodes]
+        return [[np.square(nats).cumsum() for nats in (decisions(episodes) if episodes else ())] for episodes in self.episodes]
 
     def first_frame(self, rng: np.random.Generator, game: int, which: int, length: int) -> int:
         "Of a clip: anywhere in an episode, or so that something is decided in it."

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import training
-from .console import UNKNOWN, Console, Consoles, Facts, Program
+from .console import UNKNOWN, Console, Consoles, Facts, Program, Silence
 from .motion import DRAWN, LONG, MOVED, REACH, STAYED, Came, Onward, ages, ranks
 from .ssm import Mamba2
 from .tokenizer import Tokenizer
@@ -81,9 +81,10 @@ class DynamicsConfig(_Derived):
     guidance: float = 1.25  # how much the key counts in play; 1: as it was learned
     bold: float = 0.25      # by how much a copy logit is lowered in play; 0: as it was learned
     facts: int = 0          # bytes of the console's memory that are followed; 0: none, as of a game that is known from pictures alone
-    values: tuple[int, ...] = ()  # how many they take in each game, and ...
+    values: tuple[int, ...] = ()  # how many they take in each game (0: its memory is not followed), and ...
     strides: tuple[int, ...] = () # ... by how many steps they go
     nodes: tuple[int, ...] = ()   # of the trees that foresee them; (): none
+    draw: int = 16          # channels of what the memory says of a row of tokens, of a column
     fps: int = 15           # frames per second of play
 
 # %% ../nbs/06c_network.ipynb #13a61772
@@ -662,8 +663,10 @@ class _Watches(_Details):
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
         keys, told = len(config.action_names), (config.detail, 2 * config.token_width)
-        made = lambda values, strides, nodes: Console(Facts(config.facts), keys, config.code, config.grid, told, config.group, sizes=(values, strides),
-                                                      program=Program(config.facts, keys, nodes))
+        def made(values, strides, nodes):
+            if not values: return Silence(config.grid, told, config.group, config.draw)
+            return Console(Facts(config.facts), keys, config.code, config.grid, told, config.group, config.draw, sizes=(values, strides),
+                           program=Program(config.facts, keys, nodes))
         self.consoles = Consoles(map(made, config.values, config.strides, config.nodes)) if config.facts else None
 
     def watch(self, tokens: Tensor,   # (B, T, h, w)

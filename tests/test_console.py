@@ -1,5 +1,6 @@
 "The memory behind the picture: bytes that change are followed, carried on by rule, read from tokens, and said again in rows and columns."
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -151,18 +152,15 @@ def test_a_game_in_which_nothing_changes_has_no_facts():
     assert facts.table().n == 0 and facts.sizes == (0, 0)
     assert not console.nats(now, act, now).any() and not console.step(now, act).any()
     assert console.draw(console.lines(now, now))[0].shape == (2, GRID, GRID)
-    assert (write_program(facts, [(still, np.zeros(49, int), np.zeros(49, bool))], KEYS).foresee(now, act)[0] == UNKNOWN).all()
+    assert (write_program(facts, [(still, np.zeros(49, int))], KEYS).foresee(now, act)[0] == UNKNOWN).all()
 
 
 # The program
 
-def told(plays): return [(ram, torch.from_numpy(keys), np.zeros(len(keys), bool)) for ram, keys in plays]
-
-
 @pytest.fixture(scope="module")
 def program():
     facts = facts_of()
-    return facts, write_program(facts, told(PLAYS), KEYS)
+    return facts, write_program(facts, PLAYS, KEYS)
 
 
 def test_a_program_foresees_new_plays_to_the_end(program):
@@ -185,9 +183,9 @@ def test_what_hangs_on_something_unknown_is_foreseen_with_doubt(program):
     hidden = now.index_fill(1, torch.tensor(speed), UNKNOWN)
     (_, sure), (after, odds) = program.foresee(now, key), program.foresee(hidden, key)
     assert torch.equal(after[:, [count, bat]], then[:, [count, bat]]) and torch.equal(odds[:, [count, bat]], sure[:, [count, bat]])
-    assert (odds[:, [place, speed]] < sure[:, [place, speed]]).any(1).all() and ((after[:, speed] == UNKNOWN) | ~program.by_step[speed]).all()
+    assert (odds[:, [place, speed]] < sure[:, [place, speed]]).any(1).all() and ((after[:, speed] == UNKNOWN) | (program.adds[speed] != speed).all()).all()
     nobody, _ = program.foresee(torch.full_like(now, UNKNOWN), key)
-    assert (nobody[:, program.by_step] == UNKNOWN).all()            # a step leads on from something
+    assert (nobody[:, (program.adds >= 0).any(1)] == UNKNOWN).all()            # a step leads on from something
     (any_key, odds), edge = program.foresee(now, torch.full_like(key, KEYS)), (now[:, bat] == 0) | (now[:, bat] == 30)
     assert torch.equal(any_key[:, [count, place, speed]], then[:, [count, place, speed]])
     assert (odds[~edge, bat] <= sure[~edge, bat] / 2).all()         # where a bat goes, the key decides
@@ -198,20 +196,27 @@ def test_the_way_of_most_is_that_of_most_examples():
     ram[:, 3] = rng.random(4000) < 0.8                              # of five frames four are odd, ...
     ram[1:, 5] = np.where(ram[:-1, 3] == 1, 7, 9)                   # ... and say what comes
     facts = Facts.of([ram], 2)
-    program, i = write_program(facts, [(ram, np.zeros(3999, int), np.zeros(3999, bool))], 1), facts.address.tolist().index(5)
+    program, i = write_program(facts, [(ram, np.zeros(3999, int))], 1), facts.address.tolist().index(5)
     found, odds = program.foresee(torch.full((1, 2), UNKNOWN), torch.zeros(1, dtype=torch.long))
     known, sure = program.foresee(facts.read(torch.from_numpy(ram[:50])), torch.zeros(50, dtype=torch.long))
     assert found[0, i] == 7 and known[:, i].unique().tolist() == [7, 9] and torch.allclose(odds[0, i], sure[known[:, i] == 7, i][0] / 2)
 
 
-def test_a_game_that_ended_is_no_example():
-    ram = np.zeros((400, 128), np.uint8)
-    ram[:, 7] = np.arange(400) % 100                                # it counts to 100, and a new game begins at 0 ...
-    ends = ram[1:, 7] == 0
-    facts = Facts.of([ram], 2)
-    act, last = torch.zeros(1, dtype=torch.long), torch.tensor([[99, 0]])
-    after = lambda ends: int(write_program(facts, [(ram, np.zeros(399, int), ends)], 1).foresee(last, act)[0][0, 0])
-    assert after(np.zeros(399, bool)) == 0 and after(ends) == 100   # ... which is not the program's doing
+def test_a_program_takes_as_many_steps_for_a_frame_as_its_memories_have(program):
+    "Grown from every moment, asked for every fourth: as if it had been asked four times."
+    facts, plain = program
+    paced = write_program(facts, PLAYS, KEYS, pace=4)
+    ram, keys = (torch.from_numpy(part) for part in play(2000))
+    now, held = facts.read(ram[:20]), keys[:20]
+    after, odds = paced.foresee(now, held)
+    steps, least = now, torch.full_like(odds, math.inf)
+    for _ in range(4):
+        steps, sure = plain.foresee(steps, held)
+        least = least.minimum(sure)
+    assert paced.pace == 4 and torch.equal(after, steps) and torch.equal(odds, least)
+    again = Program(6, KEYS, len(paced.asks))
+    again.load_state_dict(paced.state_dict())
+    assert torch.equal(again.foresee(now, held)[0], after)
 
 
 def test_how_far_facts_are_from_one_another_may_be_asked():
@@ -220,8 +225,8 @@ def test_how_far_facts_are_from_one_another_may_be_asked():
     ram[:, 3], ram[:, 4] = (np.abs(np.cumsum(rng.integers(-4, 5, 6000)) % 200 - 100) for _ in range(2))
     near = lambda one, other: np.abs(one.astype(int) - other) <= 6
     ram[1:, 5] = near(ram[:-1, 3], ram[:-1, 4])
-    facts, rest = Facts.of([ram], 3), (np.zeros(5999, int), np.zeros(5999, bool))
-    program, i = write_program(facts, [(ram, *rest)], 1, leaves=16), facts.address.tolist().index(5)
+    facts = Facts.of([ram], 3)
+    program, i = write_program(facts, [(ram, np.zeros(5999, int))], 1, leaves=16), facts.address.tolist().index(5)
     places = torch.from_numpy(rng.integers(0, 100, (500, 128), dtype=np.uint8))
     places[:, 5] %= 2
     found, _ = program.foresee(now := facts.read(places), torch.zeros(500, dtype=torch.long))
@@ -235,7 +240,7 @@ def test_a_leaf_is_trusted_as_far_as_it_was_right():
     ram[:, 3] = np.arange(4000) % 2
     ram[1:, 5] = np.where(ram[:-1, 3] == 1, rng.random(3999) < 0.9, 0)      # after an odd frame 1 in nine of ten; after an even one 0
     facts = Facts.of([ram], 2)
-    program = write_program(facts, [(ram, np.zeros(3999, int), np.zeros(3999, bool))], 1, leaves=4)
+    program = write_program(facts, [(ram, np.zeros(3999, int))], 1, leaves=4)
     i = facts.address.tolist().index(5)
     found, odds = program.foresee(facts.read(torch.from_numpy(ram[:2])), torch.zeros(2, dtype=torch.long))
     assert found[:, i].tolist() == [0, 1] and 1.9 < odds[1, i] < 2.5 and odds[0, i] > 4
