@@ -116,11 +116,11 @@ class _Trees(_Tables):
         "How far two facts are from one another, modulo 256; equal: 128."
         return np.where((one < 0) | (other < 0), UNKNOWN, (one - other + 128) % 256)
 
-# %% ../nbs/06a_console.ipynb #con00086
-class Program(_Trees):
-    "How each fact goes on."
+# %% ../nbs/06a_console.ipynb #con00099
+class _Ways(_Trees):
+    "Ready to be walked through."
     def nodes(self) -> SimpleNamespace:
-        "The same, ready to be walked through: a leaf leads to itself. Of the distances only those are left for which some tree asks."
+        "The trees, but a leaf leads to itself, and of the distances only those are left for which some tree asks."
         if self._made is None:
             root, adds, asks, limit, right = (getattr(self, name).cpu().numpy().astype(np.int32) for name in ("root", "adds", "asks", "limit", "right"))
             leaf, here, wide = right == 0, np.arange(len(right)), 2 * len(root) + self.actions
@@ -132,13 +132,17 @@ class Program(_Trees):
             while (right[ahead] > 0).any(): ahead, depth = np.unique(child[ahead]), depth + 1
             odds = torch.from_numpy((asks + 1) / 257).logit().clamp_min(0).numpy()      # of a leaf; less than even: no vote
             ready, turns = set(trees[adds[trees, 1] < 0]), []
-            while len(ready) < len(trees):      # who waits for whom
-                turns.append(now := [i for i in trees if i not in ready and adds[i, 1] in ready])
-                ready |= {*now}
-            self._made = SimpleNamespace(trees=trees, root=root[trees], own=adds[:, 0] >= 0, other=adds[:, 1], turns=turns, leaf=leaf, pairs=np.divmod(pairs - wide, len(root)), place=np.where(leaf, wide + len(pairs), place), depth=depth,
-                                         most=(asks >= MOST) & ~leaf, limit=np.where(leaf, 0, limit), child=child.ravel(), answer=limit, odds=odds)
+            while some := [i for i in trees if i not in ready and adds[i, 1] in ready]:      # who waits for whom
+                turns.append(some)
+                ready |= {*some}
+            self._made = SimpleNamespace(trees=trees, root=root[trees], own=adds[:, 0] >= 0, other=adds[:, 1], turns=turns, pairs=np.divmod(pairs - wide, len(root)),
+                                         place=np.where(leaf, wide + len(pairs), place), limit=np.where(leaf, 0, limit), most=(asks >= MOST) & ~leaf,
+                                         child=child.ravel(), leaf=leaf, depth=depth, answer=limit, odds=odds, lately={})
         return self._made
 
+# %% ../nbs/06a_console.ipynb #con00101
+class _Walks(_Ways):
+    "Walked through, all trees side by side."
     def step(self, now: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, ...]:   # (B, facts), of `held` -> (B, facts) each
         "The facts one step later, the log odds of the leaves that say so, and how often something unknown was asked for on the way there."
         tree = self.nodes()
@@ -155,21 +159,28 @@ class Program(_Trees):
         value[:, tree.trees], odds[:, tree.trees], doubt[:, tree.trees] = tree.answer.take(node), tree.odds.take(node), guesses
         value = np.where(tree.own, np.where(now < 0, UNKNOWN, (value + now) % 256), value)
         for some in tree.turns:
-            other = tree.other[some]
+            other = tree.other[some]        # has become something by now
             value[:, some] = np.where((value[:, some] < 0) | (value[:, other] < 0), UNKNOWN, (value[:, some] + value[:, other]) % 256)
             odds[:, some], doubt[:, some] = np.minimum(odds[:, some], odds[:, other]), np.maximum(doubt[:, some], doubt[:, other])
         return value, odds, doubt
 
+# %% ../nbs/06a_console.ipynb #con00086
+class Program(_Walks):
+    "How each fact goes on."
     def foresee(self, facts: Tensor,   # (B, facts)
                 act: Tensor            # (B,) rows of keys
                 ) -> tuple[Tensor, Tensor]:   # (B, facts): the next value, -1: not known; log odds that it is right
         "The facts one frame later, as the game's program says. Where something unknown is asked for, it goes the way of most, and is less sure with each."
         if not len(self.asks): return torch.full_like(facts, UNKNOWN), torch.zeros(facts.shape, device=facts.device)
-        now, held, sure, guessed = facts.cpu().numpy(), self.held(act.cpu().numpy()), math.inf, 0
-        for _ in range(int(self.pace)):
-            now, odds, guesses = self.step(now, held)
-            sure, guessed = np.minimum(sure, odds), np.maximum(guessed, guesses)
-        return tuple(torch.from_numpy(part).to(facts.device, kind) for part, kind in ((now, facts.dtype), (sure / (1 + guessed), torch.float32)))
+        now, key, lately = facts.cpu().numpy(), act.cpu().numpy(), self.nodes().lately
+        if (asked := (now.tobytes(), key.tobytes())) not in lately:     # in play the same is asked twice: before a frame, and when it is read
+            held, sure, guessed = self.held(key), math.inf, 0
+            for _ in range(int(self.pace)):
+                now, odds, guesses = self.step(now, held)
+                sure, guessed = np.minimum(sure, odds), np.maximum(guessed, guesses)
+            if len(lately) > 7: lately.clear()
+            lately[asked] = now, sure / (1 + guessed)
+        return tuple(torch.from_numpy(part).to(facts.device, kind) for part, kind in zip(lately[asked], (facts.dtype, torch.float32)))
 
 # %% ../nbs/06a_console.ipynb #con00097
 def remember(game: str, seed: int, frames: int = 1024) -> tuple[int, np.ndarray, np.ndarray]:
@@ -200,7 +211,7 @@ def _in_order(tree, questions: np.ndarray   # of scikit-learn, and which questio
     return (np.where(leaf, sure * 255, questions[t.feature[order]] + MOST * most).astype(np.int16),
             np.where(leaf, tree.classes_[share.argmax(1)], t.threshold[order]).astype(np.uint8), np.where(leaf, 0, place[t.children_right[order]]).astype(np.int32))
 
-# %% ../nbs/06a_console.ipynb #con00093
+# %% ../nbs/06a_console.ipynb #con00100
 def _bases(now: np.ndarray, then: np.ndarray,   # (N, facts) of a moment, and one step later
            which: list[int]   # of them
            ) -> dict[int, list[tuple[int, int]]]:   # of each; what is added to an answer: the fact itself, what another becomes; -1: none
@@ -218,7 +229,7 @@ def _bases(now: np.ndarray, then: np.ndarray,   # (N, facts) of a moment, and on
         found[i] = [*bases, (-1, -1), (i, -1)]
     return found
 
-
+# %% ../nbs/06a_console.ipynb #con00093
 def _grown(asked: np.ndarray,   # (N, questions of single facts) float32
            now: np.ndarray, then: np.ndarray,   # (N, facts) of a moment, and one step later
            own: int, bases: list[tuple[int, int]],   # which fact, and of `_bases`
@@ -258,7 +269,7 @@ def write_program(facts: Facts,
                   ) -> Program:
     "Grow the trees of all facts."
     parallel, empty = course.require("joblib", "train"), Program(len(facts.address), actions)
-    each = [(ram[:, facts.address.numpy()].astype(np.int64), np.asarray(acts)) for ram, acts in plays]
+    each = [(ram[:, facts.address.numpy()].astype(np.int16), np.asarray(acts)) for ram, acts in plays]
     now, act, then = (np.concatenate(part) for part in zip(*((f[:-1], acts, f[1:]) for f, acts in each)))
     now[:, facts.table().n:] = UNKNOWN      # places that no fact fills
     some = np.random.default_rng(0).permutation(len(act))[:most]
