@@ -1069,6 +1069,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lwm_course.recipe.train_console': ('recipe.html#train_console', 'lwm_course/recipe.py'),
                                    'lwm_course.recipe.train_consoles': ('recipe.html#train_consoles', 'lwm_course/recipe.py'),
                                    'lwm_course.recipe.train_dynamics': ('recipe.html#train_dynamics', 'lwm_course/recipe.py'),
+                                   'lwm_course.recipe.unspoilt_loss': ('recipe.html#unspoilt_loss', 'lwm_course/recipe.py'),
                                    'lwm_course.recipe.with_consoles': ('recipe.html#with_consoles', 'lwm_course/recipe.py')},
             'lwm_course.speed': { 'lwm_course.speed.bench_command': ('speed.html#bench_command', 'lwm_course/speed.py'),
                                   'lwm_course.speed.bench_figures': ('speed.html#bench_figures', 'lwm_course/speed.py'),

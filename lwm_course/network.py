@@ -74,8 +74,7 @@ class DynamicsConfig(_Derived):
     temporal_every: int = 1 # every n-th trunk block looks back in time
     head_depth: int = 2     # blocks of the head
     attention_heads: int = 4
-    state: int = 16         # S of the state-space layer ...
-    scan_head: int = 32     # ... and its P
+    state: int = 16; scan_head: int = 32    # S of the state-space layer, and its P
     most: int = 64          # positions that are computed per frame at most ...
     least: float = 0.02     # ... namely those that change with this probability or more; 0: any
     guidance: float = 1.25  # how much the key counts in play; 1: as it was learned

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CARD', 'LIMITS', 'MEMORIES', 'STAGES', 'SHARE', 'ALONE', 'save_clips', 'model_card', 'tokenizer_shape',
            'learn_program', 'Windows', 'read_memory', 'read_memories', 'train_console', 'train_consoles',
-           'with_consoles', 'sizes_of', 'new_dynamics', 'train_dynamics', 'train', 'train_command']
+           'with_consoles', 'sizes_of', 'new_dynamics', 'unspoilt_loss', 'train_dynamics', 'train', 'train_command']
 
 # %% ../nbs/recipe.ipynb #rec00005
 import copy, json, shutil, time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,7 +242,7 @@ def sizes_of(consoles: dict[int, tuple[Facts, Program]], start: DynamicsConfig |
     new = {g: (*facts.sizes, len(program.asks)) for g, (facts, program) in consoles.items()}
     return {name: tuple(new[g][i] if g in new else old[i][g] for g in range(games)) for i, name in enumerate(("values", "strides", "nodes"))}
 
-
+# %% ../nbs/recipe.ipynb #rec00061
 def new_dynamics(tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], size: str,   # as of `train_dynamics`
                  clips: TokenClips,      # what it is to learn from
                  out: Path,              # folder of the run
@@ -264,6 +265,16 @@ def new_dynamics(tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], size: 
         model.consoles[g].usual.copy_(clips.usual(g))
     return model
 
+# %% ../nbs/recipe.ipynb #rec00062
+def unspoilt_loss(held: TokenClips, recipe: Recipe) -> Callable:   # model -> its parts
+    "The loss in held-out play: nothing is damaged, hidden or shown."
+    plain = replace(recipe, corrupt=0.0, vanish=0.0, linger=0.0, action_dropout=0.0, masked=1.0, doubt=0, told=0.0, self_share=0.0, forget=0.0)
+    def valid(model):
+        torch.manual_seed(0)
+        rows = [dynamics_loss(model, training.to_device(held(i), model.place.device), 0, plain)[1] for i in range(4)]
+        return {name: float(torch.stack([row[name] for row in rows]).mean()) for name in rows[0]}
+    return valid
+
 # %% ../nbs/recipe.ipynb #c9a859a3
 def train_dynamics(tokens: str | Path,     # folder of `tokenize`
                    games: dict[str, tuple[str, ...]],  # game -> names of its actions
@@ -281,8 +292,8 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
     torch.manual_seed(config.seed)
     clips = TokenClips(tokens, list(games), batch=max(8, len(games)), seed=config.seed, decisive=decisive, more=more, only=follow)
     follows, console = bool(start and start.consoles and not follow), (0 if start and not follow else SHARE) if console is None else console
-    make = lambda: new_dynamics(tokenizer, games, size, clips, out, console > 0, start, memories=memories, seed=config.seed, workers=workers, quiet=quiet)
-    model = (start if follows else make()).requires_grad_(True)      # a loaded one is frozen
+    options = dict(memories=memories, seed=config.seed, workers=workers, quiet=quiet)
+    model = (start if follows else new_dynamics(tokenizer, games, size, clips, out, console > 0, start, **options)).requires_grad_(True)      # a loaded one is frozen
     if start: recipe = replace(recipe, self_from=0)
     if model.consoles and not follows:
         part = replace(config, minutes=config.minutes and console * config.minutes, lr=3e-3, muon=False, weight_decay=0.0)
@@ -290,17 +301,12 @@ def train_dynamics(tokens: str | Path,     # folder of `tokenize`
         config = replace(config, minutes=config.minutes and (1 - console) * config.minutes)
     if follow: model.requires_grad_(False)
     else: model.owned.copy_(clips.owned(model.config.codebook))
-    for g, part in (model.consoles.taught() if model.consoles else {}).items():
-        if clips.episodes[g]: part.keep_rules()
+    for part, episodes in zip(model.consoles or (), clips.episodes):
+        if episodes and isinstance(part, Console): part.keep_rules()
     held = TokenClips(tokens, list(games), batch=len(clips.played), split="val", seed=config.seed, only=follow)
     read_memories(model, clips, held)
     loss = lambda m, batch, step: dynamics_loss(m, batch, step, recipe)
-    plain = replace(recipe, corrupt=0.0, vanish=0.0, linger=0.0, action_dropout=0.0, masked=1.0, doubt=0, told=0.0, self_share=0.0, forget=0.0)
-    def valid(m):
-        torch.manual_seed(0)
-        rows = [dynamics_loss(m, training.to_device(held(i), m.place.device), 0, plain)[1] for i in range(4)]
-        return {k: float(torch.stack([r[k] for r in rows]).mean()) for k in rows[0]}
-    training.fit(model, clips, loss, config, out, valid, data_hash(tokens, clips.played), quiet=quiet)
+    training.fit(model, clips, loss, config, out, unspoilt_loss(held, recipe), data_hash(tokens, clips.played), quiet=quiet)
     return model
 
 # %% ../nbs/recipe.ipynb #rec00017
