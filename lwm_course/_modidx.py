@@ -21,6 +21,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lwm_course.console.Consoles': ('console.html#consoles', 'lwm_course/console.py'),
                                     'lwm_course.console.Consoles.ask': ('console.html#consoles.ask', 'lwm_course/console.py'),
                                     'lwm_course.console.Consoles.taught': ('console.html#consoles.taught', 'lwm_course/console.py'),
+                                    'lwm_course.console.Consoles.tell': ('console.html#consoles.tell', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts': ('console.html#facts', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts.sizes': ('console.html#facts.sizes', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts.table': ('console.html#facts.table', 'lwm_course/console.py'),

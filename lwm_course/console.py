@@ -560,6 +560,10 @@ class Consoles(nn.ModuleList):
         "Those of games whose memory is followed, by the game's number."
         return {g: console for g, console in enumerate(self) if isinstance(console, Console)}
 
+    def tell(self, game: Tensor) -> bool:   # (N,)
+        "Does any of their consoles say anything?"
+        return not self.taught().keys().isdisjoint(game.tolist())
+
     def ask(self, game: Tensor,      # (N,)
             answer: Callable         # (game, its rows (n,)) -> a tensor (n, ...), or several
             ) -> Tensor | tuple[Tensor, ...]:   # (N, ...)

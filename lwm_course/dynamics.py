@@ -396,7 +396,7 @@ class _Guided(_Answers):
 
     def hints(self, state: PlayState, action: Tensor, guidance: float | None = None) -> Tensor | None:   # `Dynamics.lines` of those keys
         "What the console's memory says of the next frame, where there is one. Once per frame will do."
-        if self.dynamics.consoles is None: return None
+        if self.dynamics.consoles is None or not self.dynamics.consoles.tell(state.game): return None
         held = self.dynamics.lines(state.facts[:, None], action[:, None], state.game)
         return held if self.asked(action, guidance)[1] == 1 else torch.cat([held, state.keyless[:, None]])
 
