@@ -125,8 +125,8 @@ class _Ways(_Trees):
             root, adds, asks, limit, right = (getattr(self, name).cpu().numpy().astype(np.int32) for name in ("root", "adds", "asks", "limit", "right"))
             leaf, here, wide = right == 0, np.arange(len(right)), 2 * len(root) + self.actions
             which = asks % MOST
-            pairs, place = np.unique(which[~leaf & (which >= wide)]), np.where(which < wide, which, 0)
-            place[far] = wide + np.searchsorted(pairs, which[far := ~leaf & (which >= wide)])
+            pairs = np.unique(which[~leaf & (which >= wide)])
+            place = np.where(leaf, wide + len(pairs), np.where(which < wide, which, wide + np.searchsorted(pairs, which)))
             child = np.stack([np.where(leaf, here, here + 1), np.where(leaf, here, right)], 1)
             trees, ahead, depth = np.flatnonzero(root >= 0), root[root >= 0], 0
             while (right[ahead] > 0).any(): ahead, depth = np.unique(child[ahead]), depth + 1
@@ -136,7 +136,7 @@ class _Ways(_Trees):
                 turns.append(some)
                 ready |= {*some}
             self._made = SimpleNamespace(trees=trees, root=root[trees], own=adds[:, 0] >= 0, other=adds[:, 1], turns=turns, pairs=np.divmod(pairs - wide, len(root)),
-                                         place=np.where(leaf, wide + len(pairs), place), limit=np.where(leaf, 0, limit), most=(asks >= MOST) & ~leaf,
+                                         place=place, limit=np.where(leaf, 0, limit), most=(asks >= MOST) & ~leaf,
                                          child=child.ravel(), leaf=leaf, depth=depth, answer=limit, odds=odds, lately={})
         return self._made
 
@@ -190,9 +190,10 @@ def remember(game: str, seed: int, frames: int = 1024) -> tuple[int, np.ndarray,
     env.reset_native(seed)
     memory, keys = [env.ram], []
     for _ in range(frames - 1):
-        keys += [player(env)] * data.FRAME_SKIP
-        for key in keys[-data.FRAME_SKIP:]:
+        key = player(env)
+        for _ in range(data.FRAME_SKIP):
             env.step_native(key, 1)
+            keys.append(key)
             memory.append(env.ram)
     return seed, np.stack(memory), np.array(keys)
 
