@@ -132,21 +132,20 @@ class Graph(nn.Module):
 
 class RouteGraph(Graph):
     "Where something happens in a new frame."
-    inputs, outputs = ("recent", "tokens", "onward", "age", "action", "game", "stirs"), ("active", "means", "now")
+    inputs, outputs = ("recent", "tokens", "onward", "age", "action", "game"), ("active", "means", "now")
 
     def forward(self, recent: Tensor,  # (B, 3, h, w)
                 tokens: Tensor,        # (B, h, w)
                 onward: Tensor,        # (B, h, w), of `Onward`
                 age: Tensor,           # (B, P), one frame before, of `ages`
-                action: Tensor, game: Tensor,   # (B,) the key that led to it
-                stirs: Tensor          # (B, P), of `Dynamics.stirs`; zeros where no memory is followed
+                action: Tensor, game: Tensor    # (B,) the key that led to it
                 ) -> tuple[Tensor, Tensor, Tensor]:   # bool (B, P + 1), mean token of each position (B, E, side, side), age now
         "The first half of `Dynamics.look`."
         changed = self.net.changes(torch.cat([recent, tokens[:, None]], 1), onward[:, None])
         means = F.avg_pool2d(F.embedding(tokens, self.reading).permute(0, 3, 1, 2), self.net.config.group)
         age, act = torch.where(changed[:, 0, 0].flatten(1) > 0, 0, older(age)), self.net.named_action(action[:, None], game)[:, 0]
         route = self.net.router(means, changed[:, 0], *self.net.past(age), game, act)
-        return self.net.active((route + stirs)[:, None], changed[:, :, 0].flatten(2))[:, 0], means, age
+        return self.net.active(route[:, None], changed[:, :, 0].flatten(2))[:, 0], means, age
 
 # %% ../nbs/14_export.ipynb #exp00018
 class TrunkGraph(Graph):
@@ -272,12 +271,10 @@ class _Answers(WorldModel):
 # %% ../nbs/14_export.ipynb #exp00024
 class Backend(_Answers):
     "A world model whose graphs are run by an engine."
-    def remember(self, state: PlayState, tokens: Tensor, moved: Tensor, onward: Tensor, action: Tensor, stirs: Tensor | None
-                 ) -> tuple[Memory, Tensor, Tensor]:
+    def remember(self, state: PlayState, tokens: Tensor, moved: Tensor, onward: Tensor, action: Tensor) -> tuple[Memory, Tensor, Tensor]:
         "As in `WorldModel`."
         recent, blocks, age = state.memory.recent, state.memory.blocks, state.memory.age
-        stirs = torch.zeros(age.shape) if stirs is None else stirs[:, 0]
-        active, means, age = self.run["route"](recent, tokens, onward, age, action, state.game, stirs)
+        active, means, age = self.run["route"](recent, tokens, onward, age, action, state.game)
         states = [part.unflatten(0, (state.players, -1)) for block in blocks if block for part in block]
         seen = recent, tokens, moved, onward, means, age, seats(active), busy_places(active, states[0]), action, state.game
         features, *states = self.run["trunk"](*seen, *states)
@@ -366,8 +363,7 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
         state = wm.start(np.stack([clip[:8]] * 2), np.stack([actions[:7]] * 2), wm.games[0])
         states = tuple(part.unflatten(0, (2, -1)) for block in state.memory.blocks if block for part in block)
         key, slots, recent, moved = state.game * 0, seats(state.active), state.memory.recent, state.tokens * 0
-        stirs = torch.zeros(state.memory.age.shape)
-        _, means, age = backend.run["route"](recent, state.tokens, state.onward, state.memory.age, key, state.game, stirs)
+        _, means, age = backend.run["route"](recent, state.tokens, state.onward, state.memory.age, key, state.game)
     axis = torch.export.Dim
     players, seat, busy, changes = {0: axis("players")}, axis("seats", min=3), axis("busy", min=2), {0: axis("changes", min=2)}
     at, every, after, which = {0: players[0], 1: seat}, (players,) * len(states), (key, state.game), torch.arange(8)
@@ -376,7 +372,7 @@ def example(wm: WorldModel, backend: Backend) -> dict[str, tuple[tuple, tuple]]:
         "head": (clone(state.features, slots, state.tokens, state.onward, state.tokens, *after), (players, at, *(players,) * 5)),
         "closer": (clone(torch.randn(8, 2 * wm.dynamics.config.token_width), which % 2, which, which, *backend.seen(state), state.tokens),
                    (*(changes,) * 4, *(players,) * 4)),
-        "route": (clone(recent, state.tokens, state.onward, age, *after, stirs), (players,) * 7),
+        "route": (clone(recent, state.tokens, state.onward, age, *after), (players,) * 6),
         "trunk": (clone(recent, state.tokens, moved, state.onward, means, age, slots, busy_places(state.active, states[0]), *after, *states),
                   (*(players,) * 6, at, {0: players[0], 1: busy}, players, players, every))}
 

@@ -443,7 +443,7 @@ class _Clips:
 
     def owned(self, codebook: int) -> Tensor:   # bool (games, codebook)
         "Which codes occur in each game."
-        found = [np.unique(np.concatenate([np.unique(e["tokens"]) for e in episodes])) for episodes in self.episodes]
+        found = [np.unique(np.concatenate([np.zeros(0, np.uint16), *(np.unique(e["tokens"]) for e in episodes)])) for episodes in self.episodes]
         return torch.stack([torch.from_numpy(np.isin(np.arange(codebook), codes)) for codes in found])
 
 # %% ../nbs/06b_motion.ipynb #mot00073

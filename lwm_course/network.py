@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NANO_GAMES', 'DYNAMICS_SIZES', 'FULL', 'SURE', 'SETTLED', 'DynamicsConfig', 'grouped', 'Rows', 'add_to', 'Histories',
-           'filled', 'Offsets', 'SpatialAttention', 'Film', 'Block', 'Router', 'Memory', 'Closeup', 'surest', 'Told',
+           'filled', 'Offsets', 'SpatialAttention', 'Film', 'Block', 'Router', 'Memory', 'Closeup', 'surest',
            'Dynamics']
 
 # %% ../nbs/06c_network.ipynb #net00005
@@ -32,6 +32,7 @@ class _Derived:
     def __post_init__(self):
         self.games, self.drawn, self.shifts = {game: tuple(names) for game, names in self.games.items()}, tuple(self.drawn), tuple(self.shifts)
         self.values, self.strides, self.nodes = tuple(self.values), tuple(self.strides), tuple(self.nodes) or (0,) * len(self.values)
+        self.shown = tuple(self.shown)
         if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
 
     @property
@@ -83,7 +84,7 @@ class DynamicsConfig(_Derived):
     values: tuple[int, ...] = ()  # how many they take in each game (0: its memory is not followed), and ...
     strides: tuple[int, ...] = () # ... by how many steps they go
     nodes: tuple[int, ...] = ()   # of the trees that foresee them; (): none
-    draw: int = 16          # channels of what the memory says of a row of tokens, of a column
+    shown: tuple[int, ...] = ()   # different tokens that each shows
     fps: int = 15           # frames per second of play
 
 # %% ../nbs/06c_network.ipynb #13a61772
@@ -506,7 +507,6 @@ class _Trunk(_Begins):
              came_by: Tensor,             # (B, T) the action that led to each frame
              game: Tensor,                # (B,)
              memory: Memory | None = None,  # None: `beginning`
-             stirs: Tensor | None = None,   # (B, T, P), of `stirs`: what the console's memory says of where to look
              remember: bool = True        # False gives no memory, and features of the rows alone (N, ...)
              ) -> tuple[Tensor, Tensor, Tensor, Memory | None]:
         "Read frames. Features (B, T, P + 1, D + group² * detail), where there are any (B, T, P + 1), the router's logits (B, T, P), memory."
@@ -517,7 +517,6 @@ class _Trunk(_Begins):
         age = ages(changed[:, :, 0].flatten(2) > 0, memory.age)
         past, every = self.past(age.flatten(0, 1))
         route = self.router(means, changed.flatten(0, 1), past, every, game.repeat_interleave(T), act).unflatten(0, (B, T))
-        if stirs is not None: route = route + stirs
         active = self.active(route.detach(), changed[:, :, 0].flatten(2))
         rows, whole = Rows(active), self.overview(F.adaptive_avg_pool2d(means, 4).flatten(1)) + self.enter_ages(every)
         near, detail = self.seen(film[:, 2:-1], tokens, moved, onward, rows)
@@ -640,33 +639,20 @@ class _Details(_Origins):
         beside = self.per_token(self.beside, near)
         return own + self.finer(torch.cat([own, detail.view_as(beside) + beside], -1))
 
-# %% ../nbs/06c_network.ipynb #tells001
-@dataclass
-class Told:
-    "What the console's memory says of the tokens that are computed, for a key."
-    frame: Tensor     # (n, 1) and ...
-    cells: Tensor     # ... (n, group²): which tokens
-    first: Tensor     # (n, group² * detail), for the head
-    out: Tensor       # (n, group², 2 * E), beside its answer
-    gate: Tensor      # (n, group²)
-
-    def beside(self, out: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:   # of `Dynamics.predict`
-        "An answer of the head, and what the memory adds to it."
-        where = self.frame, self.cells
-        add = lambda x, part, depth: x.flatten(0, -2 - depth).flatten(1, 2).index_put(where, part.to(x.dtype), accumulate=True).view_as(x)
-        return add(out, self.out, 2), add(gate, self.gate, 1)
-
 # %% ../nbs/06c_network.ipynb #tells002
 class _Watches(_Details):
     "Follow the console's memory, where the recordings have one (06a)."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
-        keys, told = len(config.action_names), (config.detail, 2 * config.token_width)
-        def made(values, strides, nodes):
-            if not values: return Silence(config.grid, told, config.group, config.draw)
-            return Console(Facts(config.facts), keys, config.code, config.grid, told, config.group, config.draw, sizes=(values, strides),
-                           program=Program(config.facts, keys, nodes))
-        self.consoles = Consoles(map(made, config.values, config.strides, config.nodes)) if config.facts else None
+        keys = len(config.action_names)
+        def made(values, strides, nodes, shown):
+            if not values: return Silence(config.grid)
+            return Console(Facts(config.facts), keys, config.code, config.grid, shown, sizes=(values, strides), program=Program(config.facts, keys, nodes))
+        self.consoles = Consoles(map(made, config.values, config.strides, config.nodes, config.shown)) if config.facts else None
+
+    def follows(self, game: Tensor) -> bool:   # (B,)
+        "Is the memory of any of these games followed?"
+        return self.consoles is not None and self.consoles.follow(game)
 
     def watch(self, tokens: Tensor,   # (B, T, h, w)
               came_by: Tensor,        # (B, T) the key that led to each frame
@@ -675,55 +661,29 @@ class _Watches(_Details):
               ) -> Tensor:            # (B, T, facts)
         "What each one's console reads."
         if facts is None: facts = tokens.new_full((len(tokens), self.config.facts), UNKNOWN)
-        if self.consoles is None: return facts[:, None].expand(*came_by.shape, -1)
+        if not self.follows(game): return facts[:, None].expand(*came_by.shape, -1)
         act, reading = self.named_action(came_by, game), lambda g: self.table(f"console {g}", lambda: self.consoles[g].reading(self.codes))
         return self.consoles.ask(game, lambda g, rows: self.consoles[g].watch(tokens[rows], act[rows], facts[rows], reading(g)))
 
+
 # %% ../nbs/06c_network.ipynb #tells022
-class _Follows(_Watches):
-    "Say what the memory means for the picture."
-    def lines(self, facts: Tensor,    # (B, T, facts)
-              actions: Tensor,        # (B, T) the key held next; -1: any
-              game: Tensor            # (B,)
-              ) -> Tensor | None:     # (B, T, 2, grid, draw)
-        "`Console.lines` of frames and what follows if a key is held, rows beside columns."
-        if self.consoles is None: return None
-        act = self.named_action(actions, game)
-        def say(g, rows):
-            console, known = self.consoles[g], facts[rows].flatten(0, 1)
-            with torch.no_grad(): ahead = console.step(known, act[rows].flatten())
-            return torch.stack(console.lines(known, ahead), 1).unflatten(0, (len(rows), -1))
-        return self.consoles.ask(game, say)
+class _Foresees(_Watches):
+    "The memory one frame later, and its picture."
+    def carry(self, facts: Tensor, action: Tensor, game: Tensor) -> Tensor:   # (B, facts), (B,) the key held next, (B,) -> (B, facts)
+        "What each one's memory becomes, by rule."
+        if not self.follows(game): return facts
+        act = self.named_action(action[:, None], game)[:, 0]
+        return self.consoles.ask(game, lambda g, rows: self.consoles[g].step(facts[rows], act[rows]))
 
-    def keyless(self, facts: Tensor, game: Tensor) -> Tensor:   # (B, T, facts), (B,) -> (B, T, 2, grid, draw), or (B, T, 0): there is no console
-        "`lines` whatever key is held."
-        return facts.new_zeros(*facts.shape[:2], 0) if self.consoles is None else self.lines(facts, facts.new_full(facts.shape[:2], -1), game)
+    def drawn(self, before: Tensor, now: Tensor, game: Tensor) -> Tensor:   # (B, facts) of a frame and of the next, (B,) -> (B, h, w)
+        "The tokens of the next frame of which a memory is certain, else `mask`."
+        if not self.follows(game): return game.new_full((len(game), self.config.grid, self.config.grid), self.mask)
+        tokens, certain = self.consoles.ask(game, lambda g, rows: self.consoles[g].draw(before[rows], now[rows]))
+        return torch.where(certain > 0, tokens, self.mask)
 
-    def stirs(self, keyless: Tensor, game: Tensor) -> Tensor | None:   # of `keyless`, (B,) -> (B, T, P)
-        "Where something may change, for `look`."
-        if self.consoles is None: return None
-        return self.consoles.ask(game, lambda g, rows: self.consoles[g].stirs(keyless[rows].unbind(2)))
-
-# %% ../nbs/06c_network.ipynb #tells023
-class _Hints(_Follows):
-    "Say it to the tokens that are computed."
-    def told(self, lines: Tensor, active: Tensor, game: Tensor) -> Told:   # of `lines`; (B, T, P + 1), (B,)
-        "What is said of the tokens that are computed."
-        frame, place = active[..., :-1].flatten(0, -2).nonzero().unbind(1)
-        which, known = game.repeat_interleave(lines.shape[1])[frame], lines.flatten(0, 1).unbind(1)
-        cells = self.cells[place]
-        first, out, gate = self.consoles.ask(which, lambda g, some: self.consoles[g].at(known, frame[some], cells[some]))
-        return Told(frame[:, None], cells, first.flatten(1), out, gate)
-
-    def hinted(self, features: Tensor, active: Tensor, told: Told) -> Tensor:   # of `look`; the same
-        "Features, with what is said of their tokens."
-        part, places = F.pad(told.first, (self.config.width, 0)), active.flatten(0, -2)
-        if features.ndim == 2: return add_to(features, (places.nonzero()[:, 1] < self.config.positions).nonzero()[:, 0], part)
-        frame, place = places[:, :-1].nonzero().unbind(1)
-        return features.flatten(0, -3).index_put((frame, place), part.to(features.dtype), accumulate=True).view_as(features)
 
 # %% ../nbs/06c_network.ipynb #3ff10b92
-class _Heads(_Hints):
+class _Heads(_Foresees):
     "What comes next."
     def __init__(self, config: DynamicsConfig, codes: Tensor | None = None):
         super().__init__(config, codes)
@@ -755,16 +715,9 @@ class _Heads(_Hints):
 # %% ../nbs/06c_network.ipynb #tells003
 class Dynamics(_Heads):
     "Trunk (once per frame, recurrent) and head (once per refinement step): tokens and keys in, next tokens out."
-    def reply(self, features: Tensor, active: Tensor, tokens: Tensor, onward: Tensor, known: Tensor, actions: Tensor, game: Tensor,  # of `predict`
-              lines: Tensor | None    # of `lines`, for these actions
-              ) -> tuple[Tensor, Tensor]:   # as of `predict`
-        "What comes next if this key is held, by all that is known: the head, told by the console's memory."
-        if lines is None: return self.predict(features, active, tokens, onward, known, actions, game)
-        told = self.told(lines, active, game)
-        return told.beside(*self.predict(self.hinted(features, active, told), active, tokens, onward, known, actions, game))
-
     def hidden_matrices(self) -> list[nn.Parameter]:
         "What Muon turns: the matrices between hidden layers."
         inner = [self.enter, self.enter_before, self.enter_motion, self.enter_onward, self.overview, self.enter_next, self.again, self.leave[1], self.finer[0]]
         layers = lambda b: [m for m in b.modules() if isinstance(m, nn.Linear) and m is not b.film.condition]
         return [m.weight for m in sum(map(layers, (*self.trunk, *self.head)), inner)]
+

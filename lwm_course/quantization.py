@@ -175,9 +175,8 @@ class Context:
     def ask(self, model: Dynamics) -> tuple[Tensor, Tensor]:   # (B, T, h, w, 2 * E), (B, T, h, w)
         "What a network says of each next frame: embeddings of its tokens, and copy logits."
         came_by, tokens, moved, onward = F.pad(self.actions, (1, 0))[:, :-1], self.tokens[:, :-1], self.moved[:, :-1], self.onward(model)
-        facts = model.watch(tokens, came_by, self.game)
-        features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, stirs=model.stirs(model.keyless(facts, self.game), self.game), remember=False)
-        return model.reply(features, active, tokens, onward, torch.full_like(tokens, model.mask), self.actions, self.game, model.lines(facts, self.actions, self.game))
+        features, active, _, _ = model.look(tokens, moved, onward, came_by, self.game, remember=False)
+        return model.predict(features, active, tokens, onward, torch.full_like(tokens, model.mask), self.actions, self.game)
 
 # %% ../nbs/13_quantization.ipynb #q13c034
 def stored(module: nn.Module) -> list[str]:
@@ -545,15 +544,13 @@ def clip_batches(wm: WorldModel,
                  batch: int = 8, split: str = "train", seed: int = 0
                  ) -> Callable:              # step -> batch, as `dynamics_loss` takes it
     "Batches of play for a touch of training: too short to encode whole recordings for it."
-    pool, ahead = [], 1 if wm.dynamics.consoles is None else 32     # frames before a clip: consoles begin with nothing known
+    pool = []
     for game in games:
-        found, own = data.clips(folder, [game], length + 1 + ahead, wm.frame_size[0], each, split, seed), []
+        found, own = data.clips(folder, [game], length + 2, wm.frame_size[0], each, split, seed), []
         for frames, actions in zip(map(torch.from_numpy, found["frames"]), found["actions"]):
             tokens = wm.tokenizer.encode(frames)
-            came_by, where = np.pad(actions, (1, 0)), torch.tensor([wm.game_index(game)], device=tokens.device)
-            with torch.inference_mode(): facts = wm.dynamics.watch(tokens[None], torch.from_numpy(came_by).to(tokens)[None], where)[0]
-            episode = {"tokens": tokens.cpu().numpy(), "actions": came_by, "facts": facts.cpu().numpy(), **motion.explain(wm.motion, frames, tokens)}
-            own.append(motion.clip_of(episode, ahead, length))
+            episode = {"tokens": tokens.cpu().numpy(), "actions": np.pad(actions, (1, 0)), **motion.explain(wm.motion, frames, tokens)}
+            own.append(motion.clip_of(episode, 1, length))
         busy = max(np.mean([len(clip["where"]) / length for clip in own]), 1)
         pool += [clip | {"game": np.array(wm.game_index(game)), "weight": np.float32(1 / busy)} for clip in own]
     return lambda step: motion.batch_of([pool[i] for i in np.random.default_rng([seed, step]).integers(len(pool), size=batch)])

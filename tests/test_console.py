@@ -1,4 +1,4 @@
-"The memory behind the picture: bytes that change are followed, carried on by rule, read from tokens, and said again in rows and columns."
+"The memory behind the picture: bytes that change are followed, carried on by rule, read from tokens, and drawn."
 import copy
 import math
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwm_course.console import DOUBT, UNKNOWN, Console, Consoles, Facts, Program, console_loss, draw_loss, lose, remembered, write_program
+from lwm_course.console import CERTAIN, DOUBT, UNKNOWN, Console, Consoles, Facts, Program, Screen, Silence, console_loss, lose, remembered, screen_loss, write_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, PLACE, SPEED, BAT = 3, 10, 11, 40    # bytes of a game that is played here
@@ -49,7 +49,7 @@ def few_facts(count=6): return Facts.of([little(0), little(3)], count)
 def console_of(seed=0, spread=0.0, facts=None, **shape):
     "A small console; with a spread, one that has something to say."
     torch.manual_seed(seed)
-    console = Console(facts or facts_of(), KEYS, code=6, grid=GRID, told=(4, 8), look=12, draw=12, **{**SMALL, **shape})
+    console = Console(facts or facts_of(), KEYS, code=6, grid=GRID, shown=4, look=12, **{**SMALL, **shape})
     with torch.no_grad():
         for weight in console.parameters(): weight.add_(spread * torch.randn_like(weight))
     return console
@@ -132,7 +132,7 @@ def test_sizes_are_those_of_all_facts():
 
 
 def test_tables_are_kept_with_the_weights_and_made_anew():
-    console, other = console_of(1, 0.1), Console(Facts(6), KEYS, 6, GRID, (4, 8), look=12, draw=12, sizes=facts_of().sizes, **SMALL)
+    console, other = console_of(1, 0.1), Console(Facts(6), KEYS, 6, GRID, 4, look=12, sizes=facts_of().sizes, **SMALL)
     now, act, _ = states()
     assert other.facts.table().n == 0                               # an empty table, and void as soon as others are loaded
     other.load_state_dict(console.state_dict())
@@ -151,7 +151,7 @@ def test_a_game_in_which_nothing_changes_has_no_facts():
     now = facts.read(torch.from_numpy(still[:2]))
     assert facts.table().n == 0 and facts.sizes == (0, 0)
     assert not console.nats(now, act, now).any() and not console.step(now, act).any()
-    assert console.draw(console.lines(now, now))[0].shape == (2, GRID, GRID)
+    assert console.draw(now, now)[0].shape == (2, GRID, GRID)
     assert (write_program(facts, [(still, np.zeros(49, int))], KEYS).foresee(now, act)[0] == UNKNOWN).all()
 
 
@@ -404,9 +404,7 @@ def test_players_do_not_touch_one_another():
     film = torch.randint(4, (2, 12, GRID, GRID), generator=torch.Generator().manual_seed(0))
     def all_of(rows):
         sight = console.glance(film[0, rows], film[1, rows], console.reading(CODES))
-        lines = console.lines(facts[rows], now[rows])
-        stays, looks = console.draw(lines)
-        return (sight, console.nats(facts[rows], act[rows], now[rows], sight), *lines, stays, looks, console.stirs(lines), console.step(facts[rows], act[rows], sight))
+        return sight, console.nats(facts[rows], act[rows], now[rows], sight), *console.draw(facts[rows], now[rows]), console.step(facts[rows], act[rows], sight)
     together = all_of(torch.arange(12))
     for i in range(12):
         for alone, one in zip(all_of(torch.tensor([i])), together): assert torch.allclose(alone[0].float(), one[i].float(), atol=1e-5)
@@ -421,8 +419,9 @@ def test_each_is_answered_by_the_console_of_their_game():
     for i, g in enumerate(game.tolist()):
         assert torch.equal(now[i], two[g].facts.read(ram[i])) and torch.equal(step(torch.tensor([i]))[0], together[i])
         assert torch.equal(together[i:i + 1], two[g].step(now[i:i + 1], act[i:i + 1]))
-    lines = two.ask(game, lambda g, rows: two[g].lines(now[rows], now[rows]))
-    assert [part.shape for part in lines] == [(5, GRID, 12)] * 2
+    drawn = two.ask(game, lambda g, rows: two[g].draw(now[rows], now[rows]))
+    assert [part.shape for part in drawn] == [(5, GRID, GRID)] * 2
+    for i, g in enumerate(game.tolist()): assert torch.equal(drawn[0][i], two[g].draw(now[i:i + 1], now[i:i + 1])[0][0])
     nobody = two.ask(game[:0], lambda g, rows: (now[rows], act[rows]))
     assert [part.shape for part in nobody] == [(0, 6), (0,)]
 
@@ -434,10 +433,10 @@ def test_places_that_a_game_does_not_fill_mean_nothing():
     assert not torch.equal(noisy, facts)
     assert torch.equal(console.step(noisy, act), console.step(facts, act))
     assert torch.equal(console.nats(noisy, act, goal), console.nats(facts, act, now))
-    for line, other in zip(console.lines(noisy, goal), console.lines(facts, now)): assert torch.equal(line, other)
+    assert torch.equal(console.scene(noisy, goal), console.scene(facts, now))
 
 
-# Sight and lines
+# Sight and screen
 
 def test_a_glance_sees_where_a_token_is_and_that_it_has_come():
     console = console_of()
@@ -469,41 +468,86 @@ def test_a_glance_is_the_sum_of_all_tokens_less_that_of_the_usual_ones():
         wide = torch.nn.functional.pad(pair[0][:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long().unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)
         x = x + sign * torch.nn.functional.silu(console.beside(torch.cat([look[wide].flatten(3), look[pair[1]]], -1)))
     x = x * ((now != usual) | (before != usual))[..., None]         # what is as usual says nothing, whatever is beside it
-    expected = console.read(torch.cat([x.sum(1), x.sum(2)], 1).flatten(1))      # of each column, of each row
+    blocks = x.unflatten(1, (-1, 4)).sum(2).unflatten(2, (-1, 4)).sum(3).flatten(1, 2)
+    expected = console.read(torch.cat([x.sum(1), x.sum(2), blocks], 1).flatten(1))      # of each column, of each row, of each block
     assert torch.allclose(console.glance(now, before, look), expected, atol=1e-4)
 
 
-def test_tokens_hear_the_same_one_by_one_and_all_at_once():
-    console, (facts, _, now) = console_of(4, 0.2), states(4)
-    lines = console.lines(facts, now)
-    cell = torch.stack([torch.randperm(GRID * GRID, generator=torch.Generator().manual_seed(i)) for i in range(4)])
-    first, then, stays = console.at(lines, torch.arange(4), cell)
-    assert first.shape == (4, 64, 4) and then.shape == (4, 64, 8)
-    assert torch.allclose(stays, console.draw(lines)[0].flatten(1).gather(1, cell), atol=1e-5)
-    one = [part[2:3, 5:6] for part in (first, then, stays)]
-    for part, alone in zip(one, console.at(lines, torch.tensor([2]), cell[2:3, 5:6])): assert torch.allclose(part, alone, atol=1e-6)
-    assert console.stirs(lines).shape == (4, (GRID // console.group) ** 2)
+
+def test_a_screen_speaks_of_each_frame_and_each_place_alone():
+    torch.manual_seed(0)
+    screen, code, some = Screen(10, GRID, shown=5), torch.randn(3, 10), torch.rand(3, GRID, GRID) < 0.5
+    every, other = screen(code, torch.ones_like(some)), torch.randn(3, 10)
+    assert every.shape == (3 * GRID * GRID, 32) and torch.allclose(screen(code, some), every[some.flatten()], atol=1e-5)
+    other[1] = code[1]
+    same = (screen(other, torch.ones_like(some)) == every).view(3, -1)
+    assert same[1].all() and not same[[0, 2]].all(1).any()
 
 
-def test_a_new_console_says_nothing_and_learns_to():
-    console, (facts, _, now) = console_of(), states(4)
-    lines = console.lines(facts, now)
-    parts = *console.at(lines, torch.arange(4), torch.arange(64).expand(4, -1)), console.stirs(lines)
-    assert not any(part.any() for part in parts)
-    sum(part.sum() for part in parts).backward()
-    assert console.tell.weight.grad.any() and console.stir.weight.grad.any()
-    assert console.value.weight.grad is None                        # a picture does not change the rules
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=9, unique=True), st.lists(st.integers(0, 120), min_size=1, max_size=20))
+def test_what_is_shown_is_numbered_and_the_rest_is_not(shown, asked):
+    screen = Screen(2, GRID, len(shown))
+    screen.shown[:] = torch.tensor(sorted(shown))
+    for token, number in zip(asked, screen.numbers(torch.tensor(asked)).tolist()):
+        assert number == (sorted(shown).index(token) if token in shown else -100)
 
 
-def test_rules_are_kept_and_what_they_mean_is_learned():
-    console, (facts, _, now) = console_of(1, 0.2), states(8)
-    console.keep_rules()
-    before, film = copy.deepcopy(console.state_dict()), torch.randint(4, (2, 8, GRID, GRID))
-    optimizer = torch.optim.SGD([w for w in console.parameters() if w.requires_grad], 0.1)
-    draw_loss(console, facts, now, *film, console.reading(CODES)).backward()
-    optimizer.step()
-    changed = {name.split(".")[0] for name, weight in console.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed == {"outline", "tell", "stir"}
+def test_a_picture_is_drawn_of_tokens_that_are_shown_and_it_is_said_how_surely():
+    console, (facts, _, now) = console_of(4), states(4)
+    console.screen.shown[:], console.usual[:] = torch.tensor([2, 5, 11, 40]), 7
+    draw = torch.no_grad()(lambda: console.draw(facts, now))
+    tokens, certain = draw()
+    assert tokens.shape == certain.shape == (4, GRID, GRID) and torch.isin(tokens, console.screen.shown).all() and not certain.any()
+    sure = math.log(CERTAIN / (1 - CERTAIN))
+    with torch.no_grad():
+        for part in console.screen.odd, console.screen.name: part.weight.zero_(), part.bias.zero_()
+    for odd, name, shows, is_certain in ((-1.1, 0, 7, True), (-0.9, 9, 11, False), (9, 9, 11, True), (9, 0.9, 11, False), (1.1, 1.3, 11, False)):
+        with torch.no_grad(): console.screen.odd.bias[0], console.screen.name.bias[2] = odd * sure, name * sure
+        tokens, certain = draw()
+        assert (tokens == shows).all() and (certain == is_certain).all(), (odd, name)
+
+
+def test_the_screen_is_learned_alone_and_the_rules_without_it():
+    console, facts = console_of(1, 0.2), facts_of()
+    torch.manual_seed(0)
+    batch = windows(facts, 8)
+    for screen, loss in ((True, lambda: screen_loss(console, batch)), (False, lambda: console_loss(console, batch, CODES))):
+        console.learn(screen)
+        before = copy.deepcopy(console.state_dict())
+        optimizer = torch.optim.SGD([w for w in console.parameters() if w.requires_grad], 0.1)
+        loss()[0].backward()
+        optimizer.step()
+        changed = {name.split(".")[0] for name, weight in console.state_dict().items() if not torch.equal(weight, before[name])}
+        assert (changed == {"looks", "screen"}) if screen else changed and not changed & {"looks", "screen"}
+        console.zero_grad()
+
+
+def test_a_picture_is_learned_from_memory_and_of_nothing_it_is_not_certain():
+    console, torch_facts = console_of(), facts_of()
+    console.screen.shown[:] = torch.arange(4)
+    console.learn(screen=True)
+    optimizer = torch.optim.AdamW([w for w in console.parameters() if w.requires_grad], 1e-2, weight_decay=0.0)
+    torch.manual_seed(0)
+    for step in range(250):
+        loss, parts = screen_loss(console, windows(torch_facts, 32, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite() and not parts["right"].requires_grad
+    ram, _ = play(99)
+    facts, film = torch_facts.read(torch.from_numpy(ram)), film_of(ram)
+    with torch.no_grad(): (tokens, certain), (_, of_nothing) = console.draw(facts[:-1], facts[1:]), console.draw(*torch.full((2, 1, 6), UNKNOWN))
+    right = tokens == film[1:]
+    assert right.float().mean() > 0.97 and right[certain].float().mean() > 0.985 and certain.float().mean() > 0.9
+    assert not of_nothing[0, 4].all()                               # somewhere in this row there is a ball
+
+
+def test_nothing_is_drawn_where_a_memory_is_not_followed():
+    tokens, certain = Silence(GRID).draw(torch.zeros(3, 6), torch.zeros(3, 6))
+    assert tokens.shape == certain.shape == (3, GRID, GRID) and not certain.any()
+    both = Consoles([Silence(GRID), console_of(1, 0.1)])
+    assert both.follow(torch.tensor([0, 1])) and not both.follow(torch.tensor([0, 0])) and both.taught().keys() == {1}
 
 
 # Learning
@@ -518,7 +562,7 @@ def windows(facts, count, length=5):
     return {"facts": facts.read(ram), "acts": acts, "film": film}
 
 
-def test_reading_foreseeing_and_drawing_are_learned_at_once():
+def test_reading_and_foreseeing_are_learned_at_once():
     console, history = console_of(), []
     optimizer = torch.optim.AdamW(console.parameters(), 5e-3, weight_decay=0.0)
     torch.manual_seed(0)
@@ -529,15 +573,10 @@ def test_reading_foreseeing_and_drawing_are_learned_at_once():
         assert loss.isfinite() and all(part.isfinite() and not part.requires_grad for part in parts.values())
         optimizer.step()
         history.append({name: float(part) for name, part in parts.items()})
-    early, late = ({name: np.mean([part[name] for part in some]) for name in ("read", "foreseen", "drawn")} for some in (history[:8], history[-8:]))
+    early, late = ({name: np.mean([part[name] for part in some]) for name in ("read", "foreseen")} for some in (history[:8], history[-8:]))
     assert all(late[name] < 0.6 * early[name] for name in early), (early, late)
     assert late["read"] < late["foreseen"]                          # who sees knows more
 
-
-def test_a_still_picture_of_which_nothing_is_said_costs_a_coin_per_token_and_place():
-    console, (facts, _, now) = console_of(), states(4)
-    film = torch.randint(4, (4, GRID, GRID))
-    assert abs(float(draw_loss(console, facts, now, film, film, console.reading(CODES)).detach()) - (64 + 4) / 64 * np.log(2)) < 1e-4
 
 
 def test_own_guesses_are_carried_on_in_every_second_step(monkeypatch):
@@ -547,7 +586,7 @@ def test_own_guesses_are_carried_on_in_every_second_step(monkeypatch):
     for step, own in ((0, 0), (1, 0), (2, 0), (3, 1), (5, 2), (7, 3), (9, 4), (10, 0), (11, 0), (13, 1)):
         steps.clear()
         console_loss(console, batch, CODES, step, hide=0.0, wrong=0.0)
-        assert len(steps) == own + 1                                # the last one is of `draw_loss`
+        assert len(steps) == own
         if own:
             assert torch.equal(steps[0][0], batch["facts"][:, 4 - own]) and torch.equal(steps[0][1], batch["acts"][:, 4 - own])
             seen = [row.any() for row in steps[0][2]]               # some see all frames on the way, the others none

@@ -48,13 +48,13 @@ KEPT = [Facts.of([own.numpy()], facts=6) for own in RAM]                        
 
 
 def wise_world(seed=0, **options):
-    "A world that follows six bytes of a memory, is sure of most of them, and tells them to all that listen."
+    "A world that follows six bytes of a memory, is sure of most of them, and of a part of what they look like."
     values, strides = zip(*(facts.sizes for facts in KEPT))
-    world = small_world(seed, facts=6, values=values, strides=strides, **options)
+    world = small_world(seed, facts=6, values=values, strides=strides, shown=(9, 11), **options)
     for console, facts in zip(world.dynamics.consoles, KEPT):
         console.facts.load_state_dict(facts.state_dict())
         torch.nn.init.normal_(console.leave[1].weight, std=2.0)
-        for part in (console.tell, console.stir): torch.nn.init.normal_(part.weight)
+        for part in (console.screen.name, console.screen.odd): torch.nn.init.normal_(part.weight, std=8.0)
     return world
 
 
@@ -250,40 +250,16 @@ def test_own_prediction_is_what_play_would_show(world):
 
 # The console's memory
 
-def rules_of(net):
-    "Names of weights that `Console.keep_rules` freezes."
-    return {name for name, p in net.named_parameters() if name.startswith("consoles.") and not p.requires_grad}
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_a_network_with_a_console_learns_with_a_memory_and_without(told):
-    "All but the rules, which were learned before."
+def test_a_network_learns_from_pictures_and_its_console_does_not():
     net = wise_world().dynamics.train().requires_grad_(True)
-    for console in net.consoles: console.keep_rules()
+    net.consoles.requires_grad_(False)
     for part in (net.closeup.answer.weight, net.router.recall[-1].weight, *net.enter_age.parameters()): torch.nn.init.normal_(part)
-    batch = batch_of(film_of(2, 9)) | ({"facts": torch.stack([own.read(ram) for own, ram in zip(KEPT, RAM[:, :9])])} if told else {})
+    batch = batch_of(film_of(2, 9))
     loss, parts = dynamics_loss(net, batch, 401, Recipe(masked=0.5))
     loss.backward()
     silent = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()}
-    assert silent == rules_of(net) and "consoles.0.value.weight" in silent
+    assert silent == {name for name, _ in net.named_parameters() if name.startswith("consoles.")}
     assert all(math.isfinite(v) for v in parts.values())
-    with torch.autocast("cpu", torch.bfloat16): half, _ = dynamics_loss(net, batch, 401, Recipe(masked=0.5))
-    net.zero_grad()
-    half.backward()
-    assert half.isfinite() and {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum()} >= {"consoles.0.tell.weight", "consoles.0.stir.weight"}
-
-
-def test_what_is_known_is_what_was_read_or_some_of_it_or_nothing(wise):
-    facts = torch.stack([own.read(ram) for own, ram in zip(KEPT, RAM)]).repeat(100, 1, 1)
-    batch = {"game": torch.arange(200) % 2, "facts": facts, "actions": torch.zeros(200, 60)}
-    assert torch.equal(dynamics.known_facts(wise.dynamics, batch), facts) and (facts >= 0).all()
-    torch.manual_seed(0)
-    some = dynamics.known_facts(wise.dynamics, batch, 0.5)
-    hidden = (some == UNKNOWN).float().mean((1, 2))
-    assert torch.equal(some[some >= 0], facts[some >= 0]) and 0.3 < (hidden == 0).float().mean() < 0.8 and 0.1 < hidden.mean() < 0.4
-    assert torch.equal((some == UNKNOWN).all(1), (some == UNKNOWN).any(1))          # in all frames of a clip
-    del batch["facts"]
-    assert (dynamics.known_facts(wise.dynamics, batch) == UNKNOWN).all()
 
 
 def test_facts_go_on_from_frame_to_frame(wise):
@@ -306,12 +282,11 @@ def test_facts_count_and_nobody_elses(wise):
     "What is played depends on the facts of a player, in one pass and in several, with guidance, and on nobody else's."
     frames, keys = play_of()
     together, alone = wise.start(frames, keys, [PONG, FREEWAY, PONG], seed=[7, 8, 9]), wise.start(frames[1:2], keys[1:2], FREEWAY, seed=[8])
-    known, key = torch.full((3, 8, 8), wise.dynamics.mask), torch.tensor([1, 2, 0])
+    key = torch.tensor([1, 2, 0])
     other = replace(together, facts=torch.where(torch.tensor([[True], [False], [False]]), (together.facts + 1) % 5, together.facts))
     for guidance in (1.0, 1.5):
-        (out, gate), (out_, gate_) = (wise.head(state, key, known, guidance) for state in (together, other))
-        assert not torch.allclose(gate[0], gate_[0]) and not torch.allclose(out[0], out_[0])
-        assert torch.allclose(gate[1:], gate_[1:], atol=1e-5) and torch.allclose(out[1:], out_[1:], atol=1e-4)
+        tokens, tokens_ = (wise.next_tokens(state, key, guidance=guidance)[0] for state in (together, other))
+        assert not torch.equal(tokens[0], tokens_[0]) and torch.equal(tokens[1:], tokens_[1:])
     for t in range(4):
         how = dict(temperature=t % 2, refine=1 + t % 3, guidance=1 + t / 4)
         many, together = wise.step(together, [3, t % 3, 1], **how)
@@ -319,21 +294,42 @@ def test_facts_count_and_nobody_elses(wise):
         assert torch.equal(together.tokens[1], alone.tokens[0]) and torch.equal(together.facts[1], alone.facts[0]) and close(many[1], one[0])
 
 
-def test_the_memory_is_asked_once_per_frame(wise, monkeypatch):
-    "However often the head is asked, of all players or of those for whom something is overdue; and the answers are the same."
+def test_what_the_memory_is_certain_of_is_shown_and_the_rest_is_the_networks(wise, monkeypatch):
     frames, keys = play_of()
     state, key = wise.start(frames, keys, [PONG, FREEWAY, PONG]), torch.tensor([1, 2, 0])
-    late = replace(state, due=torch.where(torch.arange(3)[:, None, None] == 1, 9.0, state.due))
-    asked, heads, lines, head = [], [], wise.dynamics.lines, wise.head
-    monkeypatch.setattr(wise.dynamics, "lines", lambda *how: asked.append(how) or lines(*how))
-    for guidance in (1.0, 1.5):
-        monkeypatch.setattr(wise, "head", lambda state, *how: heads.append(len(state.facts)) or head(state, *how))
-        once = wise.next_tokens(late, key, refine=3, guidance=guidance)
-        assert len(asked) == 1 and len(heads) > 1
-        monkeypatch.setattr(wise, "head", lambda *how: head(*how[:4]))      # each time anew
-        assert all(map(torch.equal, once, wise.next_tokens(late, key, refine=3, guidance=guidance))) and len(asked) > 2
+    ahead = wise.dynamics.carry(state.facts, key, state.game)
+    known = wise.dynamics.drawn(state.facts, ahead, state.game)
+    told, asked, head = known != wise.dynamics.mask, [], wise.head
+    assert told.any() and not told.all()
+    monkeypatch.setattr(wise, "head", lambda state, key, known, guidance: asked.append(known) or head(state, key, known, guidance))
+    for how in (dict(), dict(refine=3), dict(guidance=1.5), dict(temperature=1.0)):
+        tokens, by, due = wise.next_tokens(state, key, **how)
+        assert torch.equal(tokens[told], known[told]) and (by[told] == -1).all()
+        assert torch.equal(asked[0], known)                         # it is asked with a picture that has gaps
         asked.clear()
-    assert 1 in heads and 3 in heads        # the one for whom something is overdue, and all
+    late = replace(state, due=torch.where(told, 9.0, state.due))    # what is known is not overdue
+    assert torch.equal(wise.next_tokens(late, key)[0], wise.next_tokens(state, key)[0])
+    asked.clear()
+    full = torch.full_like(known, 3)
+    monkeypatch.setattr(wise.dynamics, "drawn", lambda *how: full)
+    tokens, by, due = wise.next_tokens(state, key)
+    assert torch.equal(tokens, full) and (by == -1).all() and not due.any() and not asked            # nothing is left to ask for
+
+
+def test_a_dream_is_not_read_where_the_memory_is_known(wise, monkeypatch):
+    frames, keys = play_of()
+    state, key = wise.start(frames, keys, [PONG, FREEWAY, PONG]), torch.tensor([1, 2, 0])
+    ahead, watched, watch = wise.dynamics.carry(state.facts, key, state.game), [], wise.dynamics.watch
+    monkeypatch.setattr(wise.dynamics, "watch", lambda *how: watched.append(how) or watch(*how))
+    _, after = wise.step(state, key)
+    read = watch(torch.stack([state.tokens, after.tokens], 1), key[:, None].expand(-1, 2), state.game, state.facts)[:, 1]
+    assert torch.equal(after.facts, torch.where(ahead == UNKNOWN, read, ahead))
+    with torch.inference_mode(): real = wise.commit(state, after.tokens, key, after.pixels)
+    assert torch.equal(real.facts, read)                            # a real frame is
+    watched.clear()
+    known = replace(state, facts=state.facts.clamp_min(0))
+    wise.step(known, key)
+    assert not watched                                              # nothing is left to read
 
 
 def test_an_old_state_and_the_other_players_keep_their_facts(wise):
@@ -351,30 +347,6 @@ def test_an_old_state_and_the_other_players_keep_their_facts(wise):
     assert torch.equal(reset.facts[1], fresh.facts[0]) and torch.equal(reset.tokens[1], fresh.tokens[0]) and torch.equal(wise.step(state, [2, 2, 2])[0], first)
 
 
-def test_where_nothing_is_told_the_answer_is_the_heads():
-    net, tokens, game = wise_world().dynamics, film_of(2, 5), torch.tensor([0, 1])
-    keys, moved = torch.randint(3, (2, 5)), torch.randint(MOVED + 40, tokens.shape)
-    with torch.inference_mode():
-        facts = net.watch(tokens, keys, game)
-        features, active, _, _ = look(net, tokens, moved, keys, game, stirs=net.stirs(net.keyless(facts, game), game))
-        asked = tokens, net.onward(moved, tokens), torch.full_like(tokens, net.mask), keys, game
-        (out, gate), lines = net.predict(features, active, *asked), net.lines(facts, keys, game)
-        told, packed = net.reply(features, active, *asked, lines), net.reply(features[active], active, *asked, lines)
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(told, packed)) and not torch.allclose(told[0], out) and not torch.allclose(told[1], gate)
-        assert torch.equal(told[1] == SURE, gate == SURE) and not told[0][gate == SURE].any()
-        for console in net.consoles: torch.nn.init.zeros_(console.tell.weight), torch.nn.init.zeros_(console.tell.bias)
-        silent = net.reply(features, active, *asked, net.lines(facts, keys, game))
-    assert all(torch.allclose(a, b) for a, b in zip(silent, (out, gate)))
-
-
-def test_own_prediction_with_a_memory_is_what_play_would_show(wise):
-    frames, keys = play_of(2, 7)
-    tokens, moved = wise.read(torch.as_tensor(frames))
-    actions, game = torch.nn.functional.pad(torch.as_tensor(keys), (1, 0)), torch.tensor([0, 1])
-    facts = wise.dynamics.watch(tokens, actions, game)
-    own, _ = own_prediction(wise.dynamics, tokens[:, :-1], moved[:, :-1], batch_of(tokens) | {"moved": moved, "actions": actions, "facts": facts})
-    played, shift, _ = wise.next_tokens(wise.start(frames[:, :5], keys[:, :4], [PONG, FREEWAY]), torch.as_tensor(keys[:, 4]))
-    assert (own[:, 5] == played)[shift < 0].float().mean() > 0.95
 
 
 def test_a_memory_survives_a_file_a_copy_and_other_precision(wise, tmp_path):
@@ -404,7 +376,7 @@ def test_what_was_read_is_read_anew_by_other_weights():
     with torch.inference_mode(): assert not torch.allclose(reading(), before)
     assert not torch.equal(first, second)
     world.dynamics.requires_grad_(True)
-    loss, _ = dynamics_loss(world.dynamics.train(), batch_of(film_of(2, 5)) | {"facts": KEPT[0].read(RAM[:, :5])})     # after play, in the same process
+    loss, _ = dynamics_loss(world.dynamics.train(), batch_of(film_of(2, 5)))     # after play, in the same process
     loss.backward()
 
 
