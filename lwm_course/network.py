@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import training
-from .console import UNKNOWN, Console, Consoles, Facts, Program, Silence
+from .console import HELD, UNKNOWN, Console, Consoles, Facts, Program, Silence
 from .motion import DRAWN, LONG, MOVED, REACH, STAYED, Came, Onward, ages, ranks
 from .ssm import Mamba2
 from .tokenizer import Tokenizer
@@ -35,6 +35,8 @@ class _Derived:
         self.shown = tuple(self.shown)
         if self.grid % self.group: raise ValueError(f"grid {self.grid} is not a multiple of group {self.group}")
 
+    @property
+    def remembered(self) -> int: return self.facts and self.facts + HELD    # facts of a player: bytes, and the keys of the last frames
     @property
     def side(self) -> int: return self.grid // self.group           # positions of the network, per side of a frame
     @property
@@ -647,7 +649,7 @@ class _Watches(_Details):
         keys = len(config.action_names)
         def made(values, strides, nodes, shown):
             if not values: return Silence(config.grid)
-            return Console(Facts(config.facts), keys, config.code, config.grid, shown, sizes=(values, strides), program=Program(config.facts, keys, nodes))
+            return Console(Facts(config.facts), keys, config.code, config.grid, shown, sizes=(values, strides), program=Program(config.remembered, keys, nodes))
         self.consoles = Consoles(map(made, config.values, config.strides, config.nodes, config.shown)) if config.facts else None
 
     def follows(self, game: Tensor) -> bool:   # (B,)
@@ -660,7 +662,7 @@ class _Watches(_Details):
               facts: Tensor | None = None   # (B, facts) of the first frame; None: nothing is known
               ) -> Tensor:            # (B, T, facts)
         "What each one's console reads."
-        if facts is None: facts = tokens.new_full((len(tokens), self.config.facts), UNKNOWN)
+        if facts is None: facts = tokens.new_full((len(tokens), self.config.remembered), UNKNOWN)
         if not self.follows(game): return facts[:, None].expand(*came_by.shape, -1)
         act, reading = self.named_action(came_by, game), lambda g: self.table(f"console {g}", lambda: self.consoles[g].reading(self.codes))
         return self.consoles.ask(game, lambda g, rows: self.consoles[g].watch(tokens[rows], act[rows], facts[rows], reading(g)))

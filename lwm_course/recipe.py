@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import course, data, training
-from .console import UNKNOWN, Console, Facts, Program, console_loss, remember, screen_loss, write_program
+from .console import HELD, UNKNOWN, Console, Facts, Program, console_loss, remember, screen_loss, write_program
 from .dynamics import Recipe, WorldModel, dynamics_loss, evaluate
 from .motion import TokenClips, tokenize
 from .network import DYNAMICS_SIZES, NANO_GAMES, Dynamics, DynamicsConfig
@@ -128,9 +128,9 @@ def learn_program(facts: Facts, game: str,
                   kept: Path,          # file; an interrupted run goes on from it
                   memories: int = MEMORIES, seed: int = 0, workers: int | None = None, quiet: bool = False) -> Program:
     "The program of a game, grown from plays of its own: on what a tree has counted, it is better than it will ever be again."
-    if not memories: return Program(len(facts.address), actions)        # nothing is foreseen by it
-    if kept.exists() and "pace" in (tables := load_file(kept)):         # older ones went from frame to frame
-        program = Program(len(facts.address), actions, len(tables["asks"]))
+    if not memories: return Program(len(facts.address) + HELD, actions)        # nothing is foreseen by it
+    if kept.exists() and len((tables := load_file(kept))["root"]) == len(facts.address) + HELD:         # older ones know no keys of before
+        program = Program(len(facts.address) + HELD, actions, len(tables["asks"]))
         program.load_state_dict(tables)
         return program
     workers, seeds = workers or data.cores(), range(seed + 200_000, seed + 200_000 + 20 * memories)
@@ -154,16 +154,17 @@ class Windows(TokenClips):
         rng, windows = np.random.default_rng([self.seed, step * world + rank]), []
         for _ in range(self.batch):
             episode = self.episodes[0][rng.integers(len(self.episodes[0]))]
-            t = rng.integers(len(episode["tokens"]) - self.length)
-            frames = slice(t, t + self.length + 1)
+            t = rng.integers(len(episode["tokens"]) - self.length - HELD)
+            frames = slice(t, t + HELD + self.length + 1)       # the first ones for their keys alone
             windows.append({name: episode[name][frames] for name in ("ram", "actions", "tokens", "facts") if name in episode})
         part = {name: torch.from_numpy(np.stack([window[name] for window in windows])) for name in windows[0]}
-        read = {"read": part["facts"].long()} if "facts" in part else {}
-        return {"facts": self.facts.read(part["ram"]), "acts": self.rows[part["actions"][:, 1:]], "film": part["tokens"].long()} | read
+        acts = self.rows[part["actions"][:, 1:]]
+        found = {"facts": self.facts.recorded(part["ram"], acts), "film": part["tokens"].long()} | ({"read": part["facts"].long()} if "facts" in part else {})
+        return {"acts": acts[:, HELD:]} | {name: rows[:, HELD:] for name, rows in found.items()}
 
 # %% ../nbs/recipe.ipynb #rec00053
 @torch.inference_mode()
-def read_memory(console: Console, episodes: list[dict],   # of `TokenClips`; they get "facts" (T, facts)
+def read_memory(console: Console, episodes: list[dict],   # of `TokenClips`; they get "facts" (T, facts + HELD)
                 rows: Tensor, codes: Tensor,    # as of `train_console`
                 some: int = 16         # frames of all episodes that are read at once
                 ) -> None:
@@ -171,7 +172,7 @@ def read_memory(console: Console, episodes: list[dict],   # of `TokenClips`; the
     longest, where = max(len(e["tokens"]) for e in episodes), console.value.weight.device
     rows, reading = rows.to(where), console.reading(codes.to(where))
     until = lambda e, name, t: e[name][np.arange(t, min(t + some + 1, longest)).clip(max=len(e["tokens"]) - 1)].astype(np.int64)     # the shorter ones stand still
-    found = [torch.full((len(episodes), 1, len(console.facts.address)), UNKNOWN, device=where)]
+    found = [torch.full((len(episodes), 1, len(console.facts.address) + HELD), UNKNOWN, device=where)]
     for t in range(0, longest - 1, some):
         tokens, came_by = (torch.from_numpy(np.stack([until(e, name, t) for e in episodes])).to(where) for name in ("tokens", "actions"))
         found.append(console.watch(tokens, rows[came_by], found[-1][:, -1], reading)[:, 1:])

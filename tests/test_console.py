@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwm_course.console import CERTAIN, DOUBT, UNKNOWN, Console, Consoles, Facts, Program, Screen, Silence, console_loss, lose, remembered, screen_loss, write_program
+from lwm_course.console import CERTAIN, DOUBT, HELD, UNKNOWN, Console, Consoles, Facts, Program, Screen, Silence, console_loss, lose, remembered, screen_loss, write_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, PLACE, SPEED, BAT = 3, 10, 11, 40    # bytes of a game that is played here
@@ -46,6 +46,11 @@ def facts_of(count=6): return Facts.of([ram for ram, _ in PLAYS], count)
 def few_facts(count=6): return Facts.of([little(0), little(3)], count)
 
 
+def at(facts, ram):
+    "Facts of moments of which the keys before are not known."
+    return torch.nn.functional.pad(facts.read(ram), (0, HELD), value=UNKNOWN)
+
+
 def console_of(seed=0, spread=0.0, facts=None, **shape):
     "A small console; with a spread, one that has something to say."
     torch.manual_seed(seed)
@@ -69,14 +74,14 @@ CODES = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
 
 def moves(plays, facts):
     "Facts, keys, and facts one frame later."
-    each = [facts.read(torch.from_numpy(ram)) for ram, _ in plays]
+    each = [facts.recorded(torch.from_numpy(ram), torch.from_numpy(keys)) for ram, keys in plays]
     return torch.cat([f[:-1] for f in each]), torch.cat([torch.from_numpy(keys) for _, keys in plays]), torch.cat([f[1:] for f in each])
 
 
 def states(n=12, seed=0):
     "Facts, some unknown, a key, and all facts."
     chance, facts = torch.Generator().manual_seed(seed), facts_of()
-    now = facts.read(torch.from_numpy(np.stack([PLAYS[i][0][40 + i] for i in range(n)])))
+    now = at(facts, torch.from_numpy(np.stack([PLAYS[i][0][40 + i] for i in range(n)])))
     gaps = torch.where(torch.rand(now.shape, generator=chance) < 0.3, UNKNOWN, now)
     return gaps, torch.randint(KEYS + 1, (n,), generator=chance), now
 
@@ -103,6 +108,18 @@ def test_facts_are_read_whatever_stands_between():
     read = facts.read(ram)                                          # (B, T, facts)
     assert torch.equal(read[:, 2], facts.read(ram[:, 2])) and torch.equal(read[1], facts.read(ram[1]))
     assert torch.equal(read[0, :, :4].sort(-1).values, ram[0][:, [COUNT, PLACE, SPEED, BAT]].long().sort(-1).values)
+
+
+def test_the_keys_of_the_last_frames_are_facts_too():
+    facts, ram, keys = facts_of(), torch.from_numpy(np.stack([play(seed, 6)[0] for seed in range(4)])), torch.randint(KEYS, (4, 5))
+    found = facts.recorded(ram, keys)
+    assert torch.equal(found[..., :6], facts.read(ram)) and torch.equal(found[:, 1:, 6], keys) and torch.equal(found[:, 2:, 7], keys[:, :-1])
+    assert (found[:, 0, 6:] == UNKNOWN).all() and (found[:, 1, 7] == UNKNOWN).all()
+    assert torch.equal(facts.recorded(ram[2], keys[2]), found[2]) and facts.recorded(ram[:, :1], keys[:, :0]).shape == (4, 1, 8)
+    console = console_of()
+    carried = console.step(found[:, 2], keys[:, 2])
+    assert torch.equal(carried[:, 6:], found[:, 3, 6:])             # carried on by whoever carries facts on
+    assert torch.equal(console.step(found[:, 2], torch.full((4,), console.any_key))[:, 6:], torch.stack([torch.full((4,), UNKNOWN), keys[:, 1]], 1))
 
 
 def test_what_is_rarely_seen_has_no_row_and_counts_as_the_nearest():
@@ -148,9 +165,9 @@ def test_tables_go_along_to_another_device():
 def test_a_game_in_which_nothing_changes_has_no_facts():
     still = np.full((50, 128), 3, np.uint8)
     console, act = console_of(facts=(facts := Facts.of([still], 6))), torch.zeros(2, dtype=torch.long)
-    now = facts.read(torch.from_numpy(still[:2]))
+    now = at(facts, torch.from_numpy(still[:2]))
     assert facts.table().n == 0 and facts.sizes == (0, 0)
-    assert not console.nats(now, act, now).any() and not console.step(now, act).any()
+    assert not console.nats(now, act, now).any() and not console.step(now, act)[:, :6].any()
     assert console.draw(now, now)[0].shape == (2, GRID, GRID)
     assert (write_program(facts, [(still, np.zeros(49, int))], KEYS).foresee(now, act)[0] == UNKNOWN).all()
 
@@ -167,11 +184,11 @@ def test_a_program_foresees_new_plays_to_the_end(program):
     facts, program = program
     plays = [play(seed, 41) for seed in range(1000, 1060)]
     ram, keys = (torch.from_numpy(np.stack(part)) for part in zip(*plays))
-    true = facts.read(ram)
+    true = at(facts, ram)
     known = true[:, 0]
     for t in range(40):
         known, odds = program.foresee(known, keys[:, t])
-        assert (odds[:, :4] > 0).all() and (known[:, 4:] == UNKNOWN).all()      # a game has no more facts than that
+        assert (odds[:, :4] > 0).all() and (known[:, 4:6] == UNKNOWN).all() and torch.equal(known[:, 6], keys[:, t])     # a game has no more facts than that
     assert (known[:, :4] == true[:, 40, :4]).all(1).float().mean() > 0.9       # a way that few examples went is sometimes wrong
 
 
@@ -197,26 +214,44 @@ def test_the_way_of_most_is_that_of_most_examples():
     ram[1:, 5] = np.where(ram[:-1, 3] == 1, 7, 9)                   # ... and say what comes
     facts = Facts.of([ram], 2)
     program, i = write_program(facts, [(ram, np.zeros(3999, int))], 1), facts.address.tolist().index(5)
-    found, odds = program.foresee(torch.full((1, 2), UNKNOWN), torch.zeros(1, dtype=torch.long))
-    known, sure = program.foresee(facts.read(torch.from_numpy(ram[:50])), torch.zeros(50, dtype=torch.long))
+    found, odds = program.foresee(torch.full((1, 2 + HELD), UNKNOWN), torch.zeros(1, dtype=torch.long))
+    known, sure = program.foresee(at(facts, torch.from_numpy(ram[:50])), torch.zeros(50, dtype=torch.long))
     assert found[0, i] == 7 and known[:, i].unique().tolist() == [7, 9] and torch.allclose(odds[0, i], sure[known[:, i] == 7, i][0] / 2)
 
 
 def test_a_program_takes_as_many_steps_for_a_frame_as_its_memories_have(program):
     "Grown from every moment, asked for every fourth: as if it had been asked four times."
-    facts, plain = program
+    facts, _ = program
     paced = write_program(facts, PLAYS, KEYS, pace=4)
     ram, keys = (torch.from_numpy(part) for part in play(2000))
-    now, held = facts.read(ram[:20]), keys[:20]
+    now, held = at(facts, ram[:20]), keys[:20]
     after, odds = paced.foresee(now, held)
-    steps, least = now, torch.full_like(odds, math.inf)
-    for _ in range(4):
-        steps, sure = plain.foresee(steps, held)
-        least = least.minimum(sure)
-    assert paced.pace == 4 and torch.equal(after, steps) and torch.equal(odds, least)
-    again = Program(6, KEYS, len(paced.asks))
+    steps, least = now.numpy(), np.full(odds.shape, np.inf)
+    for phase in range(4):
+        steps, sure, _ = paced.step(steps, paced.held(held.numpy(), phase))
+        assert np.array_equal(steps[:, 6:], now[:, 6:])             # within a frame, the keys before it are the same
+        least = np.minimum(least, sure)
+    assert paced.pace == 4 and np.array_equal(after[:, :6], steps[:, :6]) and torch.equal(after[:, 6], held) and torch.equal(after[:, 7], now[:, 6])
+    assert np.array_equal(odds[:, :4], least[:, :4])
+    again = Program(6 + HELD, KEYS, len(paced.asks))
     again.load_state_dict(paced.state_dict())
     assert torch.equal(again.foresee(now, held)[0], after)
+
+
+def test_what_was_held_before_and_the_step_of_a_frame_may_be_asked():
+    "A knob that turns one frame after its key, and only in the last step of a frame."
+    rng, frames = np.random.default_rng(0), 1500
+    pressed = rng.integers(2, size=frames)
+    ram, keys = np.zeros((1 + 4 * frames, 128), np.uint8), pressed.repeat(4)
+    for t in range(1, len(ram)): ram[t, 3] = (int(ram[t - 1, 3]) + (t % 4 == 0 and t > 4 and pressed[(t - 1) // 4 - 1])) % 16
+    facts = Facts.of([ram], 2)
+    program = write_program(facts, [(ram, keys)], 2, pace=4)
+    true = facts.recorded(torch.from_numpy(ram[::4]), torch.from_numpy(pressed))
+    after, odds = program.foresee(true[2:-1], torch.from_numpy(pressed[2:]))
+    assert torch.equal(after, torch.where(torch.arange(after.shape[1]) == 1, after, true[3:])) and (odds[:, 0] > 3).all()
+    blind = true[2:-1].clone()
+    blind[:, 2:] = UNKNOWN
+    assert (program.foresee(blind, torch.from_numpy(pressed[2:]))[1][:, 0] < odds[:, 0]).all()
 
 
 def test_how_far_facts_are_from_one_another_may_be_asked():
@@ -229,7 +264,7 @@ def test_how_far_facts_are_from_one_another_may_be_asked():
     program, i = write_program(facts, [(ram, np.zeros(5999, int))], 1, leaves=16), facts.address.tolist().index(5)
     places = torch.from_numpy(rng.integers(0, 100, (500, 128), dtype=np.uint8))
     places[:, 5] %= 2
-    found, _ = program.foresee(now := facts.read(places), torch.zeros(500, dtype=torch.long))
+    found, _ = program.foresee(now := at(facts, places), torch.zeros(500, dtype=torch.long))
     assert torch.equal(found[:, i], torch.from_numpy(near(places[:, 3].numpy(), places[:, 4].numpy())).long())
     hidden, nothing = now.index_fill(1, torch.tensor(facts.address.tolist().index(4)), UNKNOWN), torch.zeros(500, dtype=torch.long)
     assert (program.foresee(hidden, nothing)[1][:, i] < program.foresee(now, nothing)[1][:, i]).all()      # of two, one is enough to doubt
@@ -242,13 +277,13 @@ def test_a_leaf_is_trusted_as_far_as_it_was_right():
     facts = Facts.of([ram], 2)
     program = write_program(facts, [(ram, np.zeros(3999, int))], 1, leaves=4)
     i = facts.address.tolist().index(5)
-    found, odds = program.foresee(facts.read(torch.from_numpy(ram[:2])), torch.zeros(2, dtype=torch.long))
+    found, odds = program.foresee(at(facts, torch.from_numpy(ram[:2])), torch.zeros(2, dtype=torch.long))
     assert found[:, i].tolist() == [0, 1] and 1.9 < odds[1, i] < 2.5 and odds[0, i] > 4
 
 
 def test_a_program_is_kept_and_votes_as_far_as_it_is_trusted(program):
     facts, program = program
-    again = Program(6, KEYS, len(program.asks))
+    again = Program(6 + HELD, KEYS, len(program.asks))
     again.load_state_dict(program.state_dict())
     now, key, then = moves([play(3000)], facts)
     for one, two in zip(again.foresee(now, key), program.foresee(now, key)): assert torch.equal(one, two)
@@ -263,7 +298,7 @@ def test_a_program_is_kept_and_votes_as_far_as_it_is_trusted(program):
 
 def test_without_nodes_nothing_is_foreseen():
     now, key, _ = moves([play(3000)], facts_of())
-    assert (Program(6, KEYS).foresee(now, key)[0] == UNKNOWN).all()
+    assert (Program(6 + HELD, KEYS).foresee(now, key)[0] == UNKNOWN).all()
 
 
 # Rules
@@ -277,7 +312,7 @@ def ruled():
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, 500)
     for _ in range(500):
         i = torch.randint(len(now), (192,))
-        known = torch.where(torch.rand(192, 6) < torch.rand(192, 1) * (torch.rand(192, 1) < 0.2), UNKNOWN, now[i])
+        known = torch.where(torch.rand(192, 8) < torch.rand(192, 1) * (torch.rand(192, 1) < 0.2), UNKNOWN, now[i])
         optimizer.zero_grad()
         console.nats(known, key[i], then[i]).mean().backward()
         optimizer.step()
@@ -288,7 +323,7 @@ def ruled():
 def test_learned_rules_carry_the_memory_through_new_plays(ruled):
     plays = [play(seed, 21) for seed in range(1000, 1060)]
     ram, keys = (torch.from_numpy(np.stack(part)) for part in zip(*plays))
-    true = ruled.facts.read(ram)
+    true = at(ruled.facts, ram)
     known = true[:, 0]
     assert (true[:, 0] != true[:, 20])[:, :4].any(1).all()
     for t in range(20): known = ruled.step(known, keys[:, t])
@@ -394,7 +429,7 @@ def test_large_logits_are_told_apart_in_half_precision():
         for weight in console.parameters(): weight.zero_()
         console.value_bias[1], console.value_bias[4] = 30.0, 20.0              # exp(20) is more than float16 holds
     for kind in (torch.float32, torch.bfloat16, torch.float16):
-        assert console.to(kind).step(torch.full((1, 6), UNKNOWN), torch.zeros(1, dtype=torch.long))[0, 0] == 1, kind
+        assert console.to(kind).step(torch.full((1, 6 + HELD), UNKNOWN), torch.zeros(1, dtype=torch.long))[0, 0] == 1, kind
 
 
 # Several games
@@ -413,23 +448,23 @@ def test_players_do_not_touch_one_another():
 def test_each_is_answered_by_the_console_of_their_game():
     two, game = Consoles([console_of(1, 0.1), console_of(2, 0.1, facts=few_facts())]), torch.tensor([1, 0, 0, 1, 0])
     ram = torch.from_numpy(np.stack([little(3)[50], PLAYS[0][0][9], PLAYS[1][0][9], little(4)[50], PLAYS[2][0][9]]))
-    now, act = two.ask(game, lambda g, rows: two[g].facts.read(ram[rows])), torch.tensor([0, 1, 2, 1, 0])
+    now, act = two.ask(game, lambda g, rows: at(two[g].facts, ram[rows])), torch.tensor([0, 1, 2, 1, 0])
     step = lambda which: two.ask(game[which], lambda g, rows: two[g].step(now[which][rows], act[which][rows]))
     together = step(torch.arange(5))
     for i, g in enumerate(game.tolist()):
-        assert torch.equal(now[i], two[g].facts.read(ram[i])) and torch.equal(step(torch.tensor([i]))[0], together[i])
+        assert torch.equal(now[i], at(two[g].facts, ram[i])) and torch.equal(step(torch.tensor([i]))[0], together[i])
         assert torch.equal(together[i:i + 1], two[g].step(now[i:i + 1], act[i:i + 1]))
     drawn = two.ask(game, lambda g, rows: two[g].draw(now[rows], now[rows]))
     assert [part.shape for part in drawn] == [(5, GRID, GRID)] * 2
     for i, g in enumerate(game.tolist()): assert torch.equal(drawn[0][i], two[g].draw(now[i:i + 1], now[i:i + 1])[0][0])
     nobody = two.ask(game[:0], lambda g, rows: (now[rows], act[rows]))
-    assert [part.shape for part in nobody] == [(0, 6), (0,)]
+    assert [part.shape for part in nobody] == [(0, 8), (0,)]
 
 
 def test_places_that_a_game_does_not_fill_mean_nothing():
     console, (facts, act, now) = console_of(2, 0.1), states()
     noisy, goal, n = facts.clone(), now.clone(), console.facts.table().n
-    for part in (noisy, goal): part[:, n:] = torch.randint(-1, 256, part[:, n:].shape)
+    for part in (noisy, goal): part[:, n:6] = torch.randint(-1, 256, part[:, n:6].shape)
     assert not torch.equal(noisy, facts)
     assert torch.equal(console.step(noisy, act), console.step(facts, act))
     assert torch.equal(console.nats(noisy, act, goal), console.nats(facts, act, now))
@@ -536,8 +571,8 @@ def test_a_picture_is_learned_from_memory_and_of_nothing_it_is_not_certain():
         optimizer.step()
         assert loss.isfinite() and not parts["right"].requires_grad
     ram, _ = play(99)
-    facts, film = torch_facts.read(torch.from_numpy(ram)), film_of(ram)
-    with torch.no_grad(): (tokens, certain), (_, of_nothing) = console.draw(facts[:-1], facts[1:]), console.draw(*torch.full((2, 1, 6), UNKNOWN))
+    facts, film = at(torch_facts, torch.from_numpy(ram)), film_of(ram)
+    with torch.no_grad(): (tokens, certain), (_, of_nothing) = console.draw(facts[:-1], facts[1:]), console.draw(*torch.full((2, 1, 6 + HELD), UNKNOWN))
     right = tokens == film[1:]
     assert right.float().mean() > 0.97 and right[certain].float().mean() > 0.985 and certain.float().mean() > 0.9
     assert not of_nothing[0, 4].all()                               # somewhere in this row there is a ball
@@ -559,7 +594,7 @@ def windows(facts, count, length=5):
         (ram, keys), t = PLAYS[int(torch.randint(len(PLAYS), ()))], int(torch.randint(200 - length, ()))
         rows.append((torch.from_numpy(ram[t:t + length + 1]), torch.from_numpy(keys[t:t + length]), film_of(ram[t:t + length + 1])))
     ram, acts, film = map(torch.stack, zip(*rows))
-    return {"facts": facts.read(ram), "acts": acts, "film": film}
+    return {"facts": at(facts, ram), "acts": acts, "film": film}
 
 
 def test_reading_and_foreseeing_are_learned_at_once():

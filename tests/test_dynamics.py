@@ -268,7 +268,7 @@ def test_facts_go_on_from_frame_to_frame(wise):
     for t in range(4):
         _, state = wise.step(state, [t % 3, 1, 0])
         found.append(state.facts)
-        assert state.facts.shape == (3, 6) and ((state.facts == UNKNOWN) | (state.facts >= 0) & (state.facts < 5)).all()
+        assert state.facts.shape == (3, 8) and ((state.facts == UNKNOWN) | (state.facts >= 0) & (state.facts < 5)).all()
     assert (torch.stack(found) != UNKNOWN).float().mean() > 0.3 and not torch.equal(found[0], found[-1])
     tokens, came_by = wise.read(torch.from_numpy(frames))[0], torch.nn.functional.pad(torch.from_numpy(keys), (1, 0))
     with torch.inference_mode():
