@@ -249,6 +249,11 @@ class _Parts(nn.Module):
         "The names of a game's actions, in the order of their indices."
         return list(self.dynamics.config.games[self.games[self.game_index(game)]])
 
+    def by_sight(self) -> "WorldModel":
+        "From now on, follow no console's memory: pictures alone."
+        self.dynamics.consoles, self.dynamics.config = None, replace(self.dynamics.config, facts=0)
+        return self
+
     def check_actions(self, actions: Tensor, game: Tensor):
         "Refuse an action that a game does not have."
         for row, g in zip(actions, game.tolist()):
@@ -364,14 +369,14 @@ class _Answers(_Starts):
 class _Guided(_Answers):
     "What the head says, guided by the key."
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
-        "As `answer`, guided by the key, and `bold`; what is known is not asked."
+        "As `answer`, guided by the key, and `bold`."
         if guidance is None: guidance = self.dynamics.config.guidance
         if guidance == 1: out, gate = self.answer(state, action, known)
         else:       # as if of other players, for no key as well
             twice = lambda part, other: torch.cat([part, other])
             answers = self.answer(state.some(lambda part: twice(part, part)), twice(action, torch.full_like(action, -1)), twice(known, known))
             out, gate = (torch.lerp(free, own, guidance) for own, free in (answer.chunk(2) for answer in answers))
-        return out, torch.where((gate == SURE) | (known != self.dynamics.mask), SURE, gate - self.dynamics.config.bold)
+        return out, torch.where(gate == SURE, gate, gate - self.dynamics.config.bold)
 
 
 # %% ../nbs/07_dynamics.ipynb #7e969559
@@ -446,17 +451,20 @@ class _Refines(_Waits):
         if temperature < 0: raise ValueError(f"temperature must not be negative, got {temperature}")
         if refine < 1: raise ValueError(f"refine must be at least 1, got {refine}")
         shift, known = torch.full_like(state.tokens, -1), self.dynamics.drawn(state.facts, self.dynamics.carry(state.facts, action, state.game), state.game)
-        if not (known == self.dynamics.mask).any(): return known, shift, torch.zeros_like(state.due)
-        out, gate = self.head(state, action, known, guidance)
+        if (told := known != self.dynamics.mask).all(): return known, shift, torch.zeros_like(state.due)
+        def head(who):      # what the memory knows is not asked
+            out, gate = self.head(state.some(lambda part: part[who]), action[who], known[who], guidance)
+            return out, gate.masked_fill(told[who], SURE)
+        out, gate = head(everyone := slice(None))
         due = state.due + F.softplus(-gate)
         if temperature == 0 and (late := self.overdue(gate, state.due)).any():
             tokens, by, _ = self.choose(state, out, torch.where(late, -gate, gate.clamp_min(0)), known, temperature, 0)     # these alone
             known, shift = torch.where(late, tokens, known), torch.where(late, by, shift)
             who = late.flatten(1).any(1)      # what goes along with it?
-            out[who], gate[who] = self.head(state.some(lambda part: part[who]), action[who], known[who], guidance)
+            out[who], gate[who] = head(who)
             due[who] = 0                      # the chances are spent
         for k in range(refine):
-            if k: out, gate = self.head(state, action, known, guidance)
+            if k: out, gate = head(everyone)
             tokens, by, sure = self.choose(state, out, gate, known, temperature, k)
             open_ = known == self.dynamics.mask
             doubt = (open_ & (sure < SETTLED)).flatten(1)

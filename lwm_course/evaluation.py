@@ -12,8 +12,8 @@ __all__ = ['REACH', 'SEARCH', 'CONTEXT', 'ENCODER_CARD', 'SECOND', 'HORIZONS', '
            'ball_counter', 'ball_figures', 'crowd_figure', 'spells', 'where_drawn', 'Reader', 'readers_of',
            'fact_figures', 'object_figures', 'play_figures', 'recordings', 'entropies', 'lately', 'outside',
            'still_for', 'collapse', 'long_play', 'lasting', 'long_figures', 'Effort', 'measure', 'figure_table',
-           'beside', 'strip', 'h264', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'measure_one',
-           'eval_world', 'load_model', 'run_eval']
+           'beside', 'strip', 'h264', 'save_film', 'write_report', 'eval_command', 'eval_tokenizer', 'loaded',
+           'measure_one', 'eval_world', 'load_model', 'run_eval']
 
 # %% ../nbs/08_evaluation.ipynb #62856aac
 import argparse
@@ -1151,6 +1151,7 @@ def eval_command(parser) -> None:
     parser.add_argument("--clips", type=int, help=f"clips per game (default: {normal.clips})")
     parser.add_argument("--frames", type=int, help=f"length of the longest rollout (default: {normal.frames})")
     parser.add_argument("--quick", action="store_true", help="fewer clips, moments and frames: a look, not a measurement")
+    parser.add_argument("--blind", action="store_true", help="follow no console's memory (06a), even where the model can: pictures alone")
     parser.add_argument("--workers", type=int, default=1, help="games measured at once, each in a process of its own (default: 1)")
     parser.add_argument("--report", metavar="FOLDER", default="out/eval", help="for a page with a table, strips of frames and films (default: out/eval)")
     parser.add_argument("--train-encoder", type=float, metavar="MINUTES",
@@ -1174,14 +1175,20 @@ def eval_tokenizer(args, effort: Effort) -> tuple[list[course.Figure], Callable]
     return figures, picture
 
 
+def loaded(args, load: Callable) -> WorldModel:
+    "What is to be measured."
+    wm = load(args)
+    return wm.by_sight() if args.blind else wm
+
+
 def measure_one(args, effort: Effort, load: Callable, game: str) -> list[course.Figure]:
     "`measure`, of one game, in a process of its own."
-    return measure(load(args), args.play, args.split, effort, args.seed, [game])
+    return measure(loaded(args, load), args.play, args.split, effort, args.seed, [game])
 
 
 def eval_world(args, effort: Effort, load: Callable, keep: Callable) -> tuple[list[course.Figure], Callable]:
     "Figures of a world model, and a function game -> strip and films."
-    wm, figures = load(args), []
+    wm, figures = loaded(args, load), []
     def picture(game):
         [clip] = recordings(game, 1, 300, args.split, args.seed + 2, wm.frame_size[0])
         films = beside(wm, clip)
