@@ -857,7 +857,7 @@ def nano():
 
 def test_shipped_model_is_small_and_has_its_papers(nano):
     files = [path for path in nano.folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    assert sum(path.stat().st_size for path in files) <= 28_000_000
     for place in (nano.folder, nano.folder / "tokenizer"):
         assert {"seconds", "parameters", "seed", "data_hash"} <= set(json.loads((place / "ledger.json").read_text()))
     card = (nano.folder / "README.md").read_text(encoding="utf-8")
