@@ -480,6 +480,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lwm_course.dynamics._Chooses.choose': ('dynamics.html#_chooses.choose', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Chooses.pick': ('dynamics.html#_chooses.pick', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Guided': ('dynamics.html#_guided', 'lwm_course/dynamics.py'),
+                                     'lwm_course.dynamics._Guided.foreseen': ('dynamics.html#_guided.foreseen', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Guided.head': ('dynamics.html#_guided.head', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Moves': ('dynamics.html#_moves', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Moves.bring': ('dynamics.html#_moves.bring', 'lwm_course/dynamics.py'),

@@ -293,7 +293,9 @@ def test_a_program_is_kept_and_votes_as_far_as_it_is_trusted(program):
         for weight in console.parameters(): weight.zero_()
         assert torch.equal(console.step(now, key)[:, :4], then[:, :4])                   # who knows nothing else believes it
         console.leave[1].bias[::8], console.trust[..., 0] = 1.0, -2.0
-        assert (console.step(now, key)[:, :4] != then[:, :4]).any()                # and may learn not to
+        dark = torch.zeros(len(now), console.enter.out_features)
+        assert (console.step(now, key, dark)[:, :4] != then[:, :4]).any()          # and may learn not to, for who sees
+        assert torch.equal(console.step(now, key)[:, :4], then[:, :4])              # in the dark, what it is sure of holds
 
 
 def test_without_nodes_nothing_is_foreseen():
