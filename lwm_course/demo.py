@@ -856,10 +856,12 @@ except in the second picture if you ask for it.
 * **Key to pixels**: from pressing a key to the first frame that knows of it, measured in this browser."""
 
 # %% ../nbs/17_demo.ipynb #9dcd325d
-def model_facts(wm): # a sentence
-    "Size and pace of the model."
+def model_facts(wm): # a sentence or two
+    "Size and pace of the model, and of which games it follows the memory."
     millions, side = sum(p.numel() for p in wm.parameters())/1e6, frame_side(wm)
-    return f"This model has {millions:.1f} million parameters and draws {side} x {side} pixels {wm.fps} times a second."
+    known = [title(wm.games[g]) for g in wm.dynamics.consoles.taught()] if wm.dynamics.consoles else []
+    rest = f" Of {' and '.join(known)} it guesses the console's memory as well, carries it on by rules that were counted from play, and draws from it." if known else ""
+    return f"This model has {millions:.1f} million parameters and draws {side} x {side} pixels {wm.fps} times a second.{rest}"
 
 # %% ../nbs/17_demo.ipynb #937946c1
 HEAD = "<h1>Play a world model</h1><p>A neural network draws the next frame from your keys.</p>"
