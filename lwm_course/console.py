@@ -31,11 +31,12 @@ class _Tables(nn.Module):
         self._made = None
         return super()._apply(*args, **kwargs)
 
-# %% ../nbs/06a_console.ipynb #con00010
+# %% ../nbs/06a_console.ipynb #con00088
 UNKNOWN = -1    # a fact that is not known
 HELD = 2        # frames whose keys are kept beside the bytes
 
 
+# %% ../nbs/06a_console.ipynb #con00010
 class _Facts(_Tables):
     "Which bytes of a game's memory are followed, and which values and steps each takes."
     def __init__(self, facts: int     # bytes, at most
@@ -420,9 +421,8 @@ class _Sees(_Carries):
         frame, y, x = ((tokens != usual) | (before != usual)).nonzero().unbind(1)         # what is as usual says nothing
         place, which = (y * side + x).unique(return_inverse=True)
         part = look(tokens, before, frame, y, x) - look(usual, usual, torch.zeros_like(place), place // side, place % side)[which]
-        blocks = side // self.block
-        parts = x, side + y, 2 * side + y // self.block * blocks + x // self.block
-        sums = part.new_zeros(len(tokens), 2 * side + blocks ** 2, part.shape[1])
+        parts = x, side + y, 2 * side + y // self.block * (side // self.block) + x // self.block
+        sums = part.new_zeros(len(tokens), 2 * side + (side // self.block) ** 2, part.shape[1])
         for line in parts: sums = sums.index_put((frame, line), part, accumulate=True)
         return self.read(sums.flatten(1))
 

@@ -249,11 +249,6 @@ class _Parts(nn.Module):
         "The names of a game's actions, in the order of their indices."
         return list(self.dynamics.config.games[self.games[self.game_index(game)]])
 
-    def by_sight(self) -> "WorldModel":
-        "From now on, follow no console's memory: pictures alone."
-        self.dynamics.consoles, self.dynamics.config = None, replace(self.dynamics.config, facts=0)
-        return self
-
     def check_actions(self, actions: Tensor, game: Tensor):
         "Refuse an action that a game does not have."
         for row, g in zip(actions, game.tolist()):
@@ -379,6 +374,11 @@ class _Guided(_Answers):
         wrong, changes = (state.drawn != state.tokens) & (state.drawn != mask), (known != state.tokens) & (known != mask)
         astray = (wrong.sum((1, 2)) > WRONG) & (changes.sum((1, 2)) > MUCH)
         return known.masked_fill(wrong & (state.drawn == known) | astray[:, None, None], mask)
+
+    def by_sight(self) -> "WorldModel":
+        "From now on, follow no console's memory: pictures alone."
+        self.dynamics.consoles, self.dynamics.config = None, replace(self.dynamics.config, facts=0)
+        return self
 
     def head(self, state: PlayState, action: Tensor, known: Tensor, guidance: float | None = None) -> tuple[Tensor, Tensor]:
         "As `answer`, guided by the key, and `bold`."

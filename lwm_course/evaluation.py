@@ -1175,6 +1175,7 @@ def eval_tokenizer(args, effort: Effort) -> tuple[list[course.Figure], Callable]
     return figures, picture
 
 
+# %% ../nbs/08_evaluation.ipynb #573875b0
 def loaded(args, load: Callable) -> WorldModel:
     "What is to be measured."
     wm = load(args)
