@@ -57,10 +57,12 @@ collected from the Arcade Learning Environment. Load it with `lwm_course.dynamic
 In brackets: the baseline, a model that shows its last frame again (for `action_response`: chance).
 """
 TAUGHT = """
+
+## The memory behind the picture
+
 Of some games it follows the console's memory: it was taught the emulator's 128 bytes beside the frames, reads them from frames in
 play, carries them on by decision trees that were counted from play, and draws from them what they settle. Played and measured, it
-is shown frames and keys alone.
-"""
+is shown frames and keys alone."""
 LIMITS = """
 
 ## Limits
@@ -85,7 +87,7 @@ def model_card(figures: list[course.Figure],  # of `evaluate`
     cell = lambda f: "-" if f is None else f"{f.value:.4g}" + (f" ({f.baseline:.4g})" if f.baseline is not None else "")
     find = lambda game, name: next((f for f in figures if f.game == game and f.name == name), None)
     known = any("console" in run for run in _runs_of(ledgers["dynamics"])) if "dynamics" in ledgers else False
-    lines = [CARD, *([TAUGHT] if known else []), "| game | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = [CARD, "| game | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {game} | " + " | ".join(cell(find(game, name)) for name in names) + " |" for game in games]
     runs = {part: _runs_of(ledger) for part, ledger in ledgers.items()}
     if taught := [run for trained in runs.get("dynamics", []) if "console" in trained for run in _runs_of(trained["console"])]: runs["console"] = taught     # it was trained before the rest
@@ -101,7 +103,7 @@ def model_card(figures: list[course.Figure],  # of `evaluate`
     row("data", lambda x: x["data_hash"])
     row("code", lambda x: x["git_revision"])
     row("finished", lambda x: x["date"])
-    return "\n".join(lines) + LIMITS
+    return "\n".join(lines) + TAUGHT * known + LIMITS
 
 # %% ../nbs/recipe.ipynb #27dcca22
 def tokenizer_shape(args) -> TokenizerConfig:   # of the options of `lwm train`
