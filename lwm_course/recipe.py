@@ -73,11 +73,12 @@ the games' own.
 """
 
 
+# %% ../nbs/recipe.ipynb #63b5290b
 def _runs_of(ledger: dict) -> list[dict]:
     "The ledgers of a run and of those it went on from, the first one first."
     return [*(_runs_of(ledger["start"]) if "start" in ledger else []), ledger]
 
-# %% ../nbs/recipe.ipynb #63b5290b
+
 def model_card(figures: list[course.Figure],  # of `evaluate`
                ledgers: dict[str, dict]       # part of the model -> ledger of its run
                ) -> str:                      # Markdown
