@@ -185,10 +185,10 @@ def stored(module: nn.Module) -> list[str]:
 
 
 def busy_layers(model: Dynamics) -> dict[str, nn.Linear]:
-    "Linear layers that work at every frame. The others only make tables, once, or help in training."
+    "Linear layers of the network that work at every frame. The others only make tables, once; of consoles (06a) the weights alone are rounded."
     kept = set(stored(model))
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and f"{name}.weight" in kept
-            and not name.startswith(("read_code", "name_", "closeup.code", "lead")) and not (".token." in name or ".sketch" in name)}
+            and not name.startswith(("read_code", "name_", "closeup.code", "lead", "consoles"))}
 
 
 def observe(model: Dynamics, context: Context, most: int = 4096) -> dict[str, Tensor]:   # layer -> (N, D), N <= most
