@@ -24,6 +24,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lwm_course.console.Consoles.follow': ('console.html#consoles.follow', 'lwm_course/console.py'),
                                     'lwm_course.console.Consoles.taught': ('console.html#consoles.taught', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts': ('console.html#facts', 'lwm_course/console.py'),
+                                    'lwm_course.console.Facts.columns': ('console.html#facts.columns', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts.sizes': ('console.html#facts.sizes', 'lwm_course/console.py'),
                                     'lwm_course.console.Facts.table': ('console.html#facts.table', 'lwm_course/console.py'),
                                     'lwm_course.console.Program': ('console.html#program', 'lwm_course/console.py'),

@@ -79,6 +79,9 @@ class Facts(_Facts):
         "How many values there are, and how many steps, of all bytes."
         return int(self.values.sum()), int(self.strides.sum())
 
+    @property
+    def columns(self) -> int: return len(self.address) + HELD    # of `recorded`
+
     @torch.inference_mode(False)        # made in play, they serve in training as well
     def table(self) -> SimpleNamespace:
         "How many facts, values and steps there are; of each row of values its fact and its number; and back."
@@ -282,7 +285,7 @@ def write_program(facts: Facts,
                   workers: int = 1     # threads
                   ) -> Program:
     "Grow the trees of all facts."
-    parallel, empty = course.require("joblib", "train"), Program(len(facts.address) + HELD, actions)
+    parallel, empty = course.require("joblib", "train"), Program(facts.columns, actions)
     def steps(ram, acts):       # the keys of a play are those of its frames, each for as many steps
         each = torch.from_numpy(np.asarray(acts))
         keys = facts.recorded(torch.from_numpy(ram[:-1:pace]), each[pace - 1:-1:pace])[:, -HELD:].repeat_interleave(pace, 0)[:len(acts)]
@@ -303,7 +306,7 @@ def write_program(facts: Facts,
         parts.append((asks, limit, np.where(right > 0, right + start[key], 0).astype(np.int32)))
     for i, key in enumerate(alike): tables["root"][i], tables["adds"][i] = start[key], torch.tensor(trees[key][0])
     tables |= {name: torch.from_numpy(np.concatenate(part)) for name, part in zip(("asks", "limit", "right"), zip(*parts))}
-    program = Program(len(facts.address) + HELD, actions, len(tables["asks"]))
+    program = Program(facts.columns, actions, len(tables["asks"]))
     program.load_state_dict(tables)
     return program
 
@@ -325,7 +328,7 @@ class _Rules(nn.Module):
         self.facts, (values, strides), each = facts, sizes or facts.sizes, (len(facts.address), width)
         self.value, self.stride = nn.Embedding(values, width), nn.Embedding(strides, width)
         self.value_bias, self.stride_bias = nn.Parameter(torch.zeros(values)), nn.Parameter(torch.zeros(strides))
-        self.program, self.trust = program or Program(len(facts.address) + HELD, actions), nn.Parameter(torch.zeros(each))
+        self.program, self.trust = program or Program(facts.columns, actions), nn.Parameter(torch.zeros(each))
         self.act = nn.Embedding(actions + 1, hidden)                # the last one: any
         self.enter = nn.Linear(math.prod(each), hidden)
         block = lambda: nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden))

@@ -137,9 +137,9 @@ def learn_program(facts: Facts, game: str,
                   kept: Path,          # file; an interrupted run goes on from it
                   memories: int = MEMORIES, seed: int = 0, workers: int | None = None, quiet: bool = False) -> Program:
     "The program of a game, grown from plays of its own: on what a tree has counted, it is better than it will ever be again."
-    if not memories: return Program(len(facts.address) + HELD, actions)        # nothing is foreseen by it
-    if kept.exists() and len((tables := load_file(kept))["root"]) == len(facts.address) + HELD:         # older ones know no keys of before
-        program = Program(len(facts.address) + HELD, actions, len(tables["asks"]))
+    if not memories: return Program(facts.columns, actions)        # nothing is foreseen by it
+    if kept.exists() and len((tables := load_file(kept))["root"]) == facts.columns:         # older ones know no keys of before
+        program = Program(facts.columns, actions, len(tables["asks"]))
         program.load_state_dict(tables)
         return program
     workers, seeds = workers or data.cores(), range(seed + 200_000, seed + 200_000 + 20 * memories)
@@ -181,7 +181,7 @@ def read_memory(console: Console, episodes: list[dict],   # of `TokenClips`; the
     longest, where = max(len(e["tokens"]) for e in episodes), console.value.weight.device
     rows, reading = rows.to(where), console.reading(codes.to(where))
     until = lambda e, name, t: e[name][np.arange(t, min(t + some + 1, longest)).clip(max=len(e["tokens"]) - 1)].astype(np.int64)     # the shorter ones stand still
-    found = [torch.full((len(episodes), 1, len(console.facts.address) + HELD), UNKNOWN, device=where)]
+    found = [torch.full((len(episodes), 1, console.facts.columns), UNKNOWN, device=where)]
     for t in range(0, longest - 1, some):
         tokens, came_by = (torch.from_numpy(np.stack([until(e, name, t) for e in episodes])).to(where) for name in ("tokens", "actions"))
         found.append(console.watch(tokens, rows[came_by], found[-1][:, -1], reading)[:, 1:])
@@ -202,9 +202,8 @@ def train_console(console: Console, game: str, rows: Tensor, codes: Tensor,    #
         if stage == "read": read_memory(console, windows.episodes[0], rows, codes)
         if screen: windows.length, windows.batch = 1, 64     # two frames will do
         console.learn(screen)
-        loss = screen_loss if screen else console_loss
-        told = lambda model, batch, step: loss(model, batch) if screen else loss(model, batch, codes.to(batch["film"].device), step)
-        training.fit(console, windows, told, replace(config, minutes=config.minutes and share * config.minutes, seed=seed), out / stage, None,
+        loss = lambda model, batch, step: screen_loss(model, batch) if screen else console_loss(model, batch, codes.to(batch["film"].device), step)
+        training.fit(console, windows, loss, replace(config, minutes=config.minutes and share * config.minutes, seed=seed), out / stage, None,
                      data_hash(tokens, [game]), quiet=quiet)
     return game, console.cpu().state_dict()
 

@@ -260,6 +260,10 @@ def test_a_network_learns_from_pictures_and_its_console_does_not():
     silent = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     assert silent == {name for name, _ in net.named_parameters() if name.startswith("consoles.")}
     assert all(math.isfinite(v) for v in parts.values())
+    with torch.autocast("cpu", torch.bfloat16): half, _ = dynamics_loss(net, batch, 401, Recipe(masked=0.5))
+    net.zero_grad()
+    half.backward()
+    assert half.isfinite()
 
 
 def test_facts_go_on_from_frame_to_frame(wise):
