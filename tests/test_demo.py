@@ -101,6 +101,11 @@ class Visitor:
         box.fill(str(value))
         box.dispatch_event("change")
 
+    def choose(self, game):
+        self.tab.get_by_label("Game", exact=True).select_option(game)
+        self.tab.wait_for_function("game => window.lwm.game === game", arg=game)
+        self.at_frame(0)
+
     def close(self):
         self.context.close()
         outside = [u for u in self.requests if not re.match(r"(http|ws)://127\.0\.0\.1[:/]|(blob|data):", u)]
@@ -142,6 +147,7 @@ def test_a_key_starts_the_clock_and_p_stops_it(visitor):
 
 
 def test_same_seed_same_frames(visitor):
+    visitor.choose("ALE/SpaceInvaders-v5")      # what a memory draws (06a) is no matter of chance
     visitor.set("Temperature", 1)
     visitor.set("Seed", 7)
     first = visitor.steps(24, "ArrowRight")
@@ -168,10 +174,8 @@ def test_pictures_in_between_come_halfway(visitor):
 
 def test_another_game(visitor, model):
     before = visitor.pixels()
-    visitor.tab.get_by_label("Game", exact=True).select_option(model.games[1])
+    visitor.choose(model.games[1])
     frames, _ = model.clip(model.games[1], 0)
-    visitor.tab.wait_for_function("game => window.lwm.game === game", arg=model.games[1])
-    visitor.at_frame(0)
     assert not np.array_equal(visitor.pixels(), before)
     assert np.abs(visitor.pixels().astype(int) - frames[-1]).mean() < 6
 

@@ -109,7 +109,7 @@ def test_parity_finds_a_planted_difference(wm):
         return out, gate - 100 if len(calls) == 4 else gate      # everything changes
 
     backend.run["head"] = off      # the first call is that of the logits
-    found = parity(wm, backend, wm.games[0], 10)
+    found = parity(wm, backend, "ALE/SpaceInvaders-v5", 10)     # no memory draws it
     assert found.same == 2 and not found.passed
 
 
