@@ -330,10 +330,10 @@ class _Starts(_Moves):
         index = torch.tensor([self.game_index(name) for name in names], device=where)
         self.check_actions(actions, index)
         came_by = torch.cat([torch.zeros(B, 1, dtype=torch.long), actions.long()], 1).to(where)
-        onward, facts = self.dynamics.onward(moved, tokens), self.dynamics.watch(tokens, came_by, index)
+        onward, facts = self.dynamics.onward(moved, tokens), self.dynamics.recall(tokens, came_by, index)
         features, active, _, memory = self.dynamics.look(tokens, moved, onward, came_by, index)
         last = (x[:, -1] for x in (features, active, tokens, onward, frames))
-        drawn = self.dynamics.drawn(facts[:, max(T - 2, 0)], facts[:, -1], index)
+        drawn = self.dynamics.drawn(*facts.unbind(1), index)
         return PlayState(memory, *last, index, torch.tensor(seeds), torch.zeros(B, dtype=torch.long), torch.zeros(tokens[:, 0].shape, device=where), facts[:, -1], drawn)
 
 # %% ../nbs/07_dynamics.ipynb #7e969558

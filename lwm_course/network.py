@@ -656,16 +656,26 @@ class _Watches(_Details):
         "Is the memory of any of these games followed?"
         return self.consoles is not None and self.consoles.follow(game)
 
+    def _read(self, way: str, tokens: Tensor, came_by: Tensor, game: Tensor, facts: Tensor) -> Tensor:
+        act, reading = self.named_action(came_by, game), lambda g: self.table(f"console {g}", lambda: self.consoles[g].reading(self.codes))
+        return self.consoles.ask(game, lambda g, rows: getattr(self.consoles[g], way)(tokens[rows], act[rows], facts[rows], reading(g)))
+
+    def nothing(self, tokens: Tensor) -> Tensor:   # (B, T, h, w) -> (B, facts)
+        "Of a film's first frame: no fact is known."
+        return tokens.new_full((len(tokens), self.config.remembered), UNKNOWN)
+
     def watch(self, tokens: Tensor,   # (B, T, h, w)
               came_by: Tensor,        # (B, T) the key that led to each frame
               game: Tensor,           # (B,)
-              facts: Tensor | None = None   # (B, facts) of the first frame; None: nothing is known
+              facts: Tensor           # (B, facts) of the first frame
               ) -> Tensor:            # (B, T, facts)
-        "What each one's console reads."
-        if facts is None: facts = tokens.new_full((len(tokens), self.config.remembered), UNKNOWN)
-        if not self.follows(game): return facts[:, None].expand(*came_by.shape, -1)
-        act, reading = self.named_action(came_by, game), lambda g: self.table(f"console {g}", lambda: self.consoles[g].reading(self.codes))
-        return self.consoles.ask(game, lambda g, rows: self.consoles[g].watch(tokens[rows], act[rows], facts[rows], reading(g)))
+        "What each one's console reads, from frame to frame."
+        return self._read("watch", tokens, came_by, game, facts) if self.follows(game) else facts[:, None].expand(*came_by.shape, -1)
+
+    def recall(self, tokens: Tensor, came_by: Tensor, game: Tensor) -> Tensor:   # as of `watch` -> (B, 2, facts)
+        "What each one's console reads of the last two frames by many guesses, with nothing known."
+        facts = self.nothing(tokens)
+        return self._read("recall", tokens, came_by, game, facts) if self.follows(game) else facts[:, None].expand(-1, 2, -1)
 
 
 # %% ../nbs/06c_network.ipynb #tells022
@@ -682,6 +692,12 @@ class _Foresees(_Watches):
         if not self.follows(game): return game.new_full((len(game), self.config.grid, self.config.grid), self.mask)
         tokens, certain = self.consoles.ask(game, lambda g, rows: self.consoles[g].draw(before[rows], now[rows]))
         return torch.where(certain > 0, tokens, self.mask)
+
+    def follows_as(self, game: int, facts: Facts, shown: Tensor) -> bool:
+        "Does this game's console follow just these facts, and draw just these tokens?"
+        console = self.consoles.taught().get(game) if self.consoles else None
+        same = lambda one, other: one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+        return bool(console and same(console.screen.shown, shown) and all(map(same, console.facts.state_dict().values(), facts.state_dict().values())))
 
 
 # %% ../nbs/06c_network.ipynb #3ff10b92

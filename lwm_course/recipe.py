@@ -241,7 +241,7 @@ def new_dynamics(tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], size: 
                  clips: TokenClips,      # what it is to learn from
                  out: Path,              # folder of the run
                  follow: bool = True,    # the console's memory
-                 start: Dynamics | None = None,  # trained before: it gets consoles for the games that are played in the clips
+                 start: Dynamics | None = None,  # trained before: it gets consoles for the games that are played in the clips; those it has go on with a new program
                  **options) -> Dynamics: # of `learn_program`
     "A new network. The small one follows the console's memory, where all recordings have it; and so may one that is trained already."
     if not (follow and clips.remembers and (start or size == "nano")): return start or Dynamics.of(tokenizer, games, **DYNAMICS_SIZES[size])
@@ -252,7 +252,9 @@ def new_dynamics(tokenizer: Tokenizer, games: dict[str, tuple[str, ...]], size: 
         consoles[g] = facts, program, owned[g].nonzero()[:, 0]
     tables = dict(facts=len(facts.address), **sizes_of(consoles, start and start.config, len(games)))
     model = Dynamics(replace(start.config, **tables), start.codes) if start else Dynamics.of(tokenizer, games, **tables, **DYNAMICS_SIZES[size])
-    if start: model.load_state_dict({name: part for name, part in start.state_dict().items() if not name.startswith(tuple(f"consoles.{g}." for g in consoles))}, strict=False)
+    if start:
+        new = *(f"consoles.{g}." + "program." * start.follows_as(g, facts, shown) for g, (facts, _, shown) in consoles.items()),
+        model.load_state_dict({name: part for name, part in start.state_dict().items() if not name.startswith(new)}, strict=False)
     for g, (facts, program, shown) in consoles.items():
         model.consoles[g].facts.load_state_dict(facts.state_dict())
         model.consoles[g].program.load_state_dict(program.state_dict())

@@ -276,10 +276,14 @@ def test_facts_go_on_from_frame_to_frame(wise):
     assert (torch.stack(found) != UNKNOWN).float().mean() > 0.3 and not torch.equal(found[0], found[-1])
     tokens, came_by = wise.read(torch.from_numpy(frames))[0], torch.nn.functional.pad(torch.from_numpy(keys), (1, 0))
     with torch.inference_mode():
-        read = wise.dynamics.watch(tokens, came_by, torch.tensor([0, 1, 0]))
-        half = wise.dynamics.watch(tokens[:, :3], came_by[:, :3], torch.tensor([0, 1, 0]))
-        rest = wise.dynamics.watch(tokens[:, 2:], came_by[:, 2:], torch.tensor([0, 1, 0]), half[:, -1])[:, 1:]
-    assert torch.equal(read[:, -1], wise.start(frames, keys, [PONG, FREEWAY, PONG]).facts) and torch.equal(torch.cat([half, rest], 1), read)
+        games, nothing = torch.tensor([0, 1, 0]), wise.dynamics.nothing(tokens)
+        read = wise.dynamics.watch(tokens, came_by, games, nothing)
+        half = wise.dynamics.watch(tokens[:, :3], came_by[:, :3], games, nothing)
+        rest = wise.dynamics.watch(tokens[:, 2:], came_by[:, 2:], games, half[:, -1])[:, 1:]
+        begun = wise.dynamics.recall(tokens, came_by, games)
+    start = wise.start(frames, keys, [PONG, FREEWAY, PONG])
+    assert torch.equal(torch.cat([half, rest], 1), read) and torch.equal(begun[:, -1], start.facts) and not torch.equal(begun[:, -1], read[:, -1])
+    assert torch.equal(start.drawn, wise.dynamics.drawn(*begun.unbind(1), games))
 
 
 def test_facts_count_and_nobody_elses(wise):
