@@ -860,7 +860,7 @@ def model_facts(wm): # a sentence or two
     "Size and pace of the model, and of which games it follows the memory."
     millions, side = sum(p.numel() for p in wm.parameters())/1e6, frame_side(wm)
     known = [title(wm.games[g]) for g in wm.dynamics.consoles.taught()] if wm.dynamics.consoles else []
-    rest = f" Of {' and '.join(known)} it guesses the console's memory as well, carries it on by rules that were counted from play, and draws from it." if known else ""
+    rest = f" Of {' and '.join(known)} it guesses the console's memory as well, carries it on by rules that were counted from play, and draws from it: what it is certain of is no matter of temperature." if known else ""
     return f"This model has {millions:.1f} million parameters and draws {side} x {side} pixels {wm.fps} times a second.{rest}"
 
 # %% ../nbs/17_demo.ipynb #937946c1

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import course, data, training
+from .console import HELD, UNKNOWN
 from .motion import LONG, MOVED, NEW, STAYED, Shifts, corrupt, matches_of, of_clip, previous, unspoilt, vanish
 from .network import DYNAMICS_SIZES, SETTLED, SURE, Dynamics, DynamicsConfig, Memory, grouped, surest
 from .tokenizer import TOKENIZER_SIZES, Tokenizer, tiles_of
@@ -508,10 +509,20 @@ class _Shows(_Refines):
     def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
         "Remember that `tokens` (B, h, w), shown as `pixels`, followed when `action` was held."
         onward = self.dynamics.onward(moved := self.came(pixels, state.pixels, tokens != state.tokens), tokens)
-        facts = self.dynamics.watch(torch.stack([state.tokens, tokens], 1), action[:, None].expand(-1, 2), state.game, state.facts)[:, 1]
-        drawn = self.dynamics.drawn(state.facts, facts, state.game)
+        facts, drawn = self.learn(state, tokens, action)
         memory, features, active = self.remember(state, tokens, moved, onward, action)
         return replace(state, memory=memory, features=features, active=active, tokens=tokens, onward=onward, pixels=pixels, frame=state.frame + 1, facts=facts, drawn=drawn)
+
+    def learn(self, state: PlayState, tokens: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:   # as of `commit` -> (B, facts), (B, h, w), as in `PlayState`
+        "What a frame tells the memory. Where all is known, and looks as was foreseen, nothing new, and the memory goes on by rule; else the frame is read."
+        foreseen = self.dynamics.carry(state.facts, action, state.game)
+        drawn = self.dynamics.drawn(state.facts, foreseen, state.game)
+        mistaken, unknown = (drawn != tokens) & (drawn != self.dynamics.mask), foreseen[:, :-HELD] == UNKNOWN
+        if (new := mistaken.flatten(1).any(1) | unknown.any(1)).any():
+            before, now = state.facts[new], torch.stack([state.tokens, tokens], 1)[new]
+            foreseen[new] = self.dynamics.watch(now, action[new, None].expand(-1, 2), state.game[new], before)[:, 1]
+            drawn[new] = self.dynamics.drawn(before, foreseen[new], state.game[new])
+        return foreseen, drawn
 
     def remember(self, state: PlayState, tokens: Tensor, moved: Tensor, onward: Tensor,   # (B, h, w) each
                  action: Tensor                           # (B,)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lwm_course import course, data, dynamics, recipe, speed
-from lwm_course.console import UNKNOWN, Facts
+from lwm_course.console import HELD, UNKNOWN, Facts
 from lwm_course.dynamics import (MUCH, WRONG, Moment, Recipe, WorldModel, action_response, dynamics_loss, log_probs, next_frame,
                                  own_prediction)
 from lwm_course.motion import FEW, LONG, MOVED, NEW, STAYED, shifts
@@ -284,6 +284,28 @@ def test_facts_go_on_from_frame_to_frame(wise):
     start = wise.start(frames, keys, [PONG, FREEWAY, PONG])
     assert torch.equal(torch.cat([half, rest], 1), read) and torch.equal(begun[:, -1], start.facts) and not torch.equal(begun[:, -1], read[:, -1])
     assert torch.equal(start.drawn, wise.dynamics.drawn(*begun.unbind(1), games))
+
+
+def test_a_frame_is_read_only_where_it_tells_something(wise):
+    "A memory goes on by rule where a frame looks as was foreseen, and is read where it does not, or where something is not known."
+    frames, keys = play_of()
+    state, key = wise.start(frames, keys, [PONG, FREEWAY, PONG]), torch.tensor([1, 2, 0])
+    state = replace(state, facts=state.facts.clamp_min(0))
+    carried = wise.dynamics.carry(state.facts, key, state.game)
+    assert (carried[:, :-HELD] >= 0).all()
+    drawn = wise.dynamics.drawn(state.facts, carried, state.game)
+    said = drawn != wise.dynamics.mask
+    foreseen = torch.where(said, drawn, state.tokens)
+    other = foreseen.clone()
+    other[1][said[1]] = (other[1][said[1]] + 1) % wise.dynamics.config.codebook      # the second player sees something else
+    read = wise.dynamics.watch(torch.stack([state.tokens, other], 1), key[:, None].expand(-1, 2), state.game, state.facts)[:, 1]
+    facts, pictures = wise.learn(state, foreseen, key)
+    assert torch.equal(facts, carried) and torch.equal(pictures, drawn)
+    facts, pictures = wise.learn(state, other, key)
+    assert torch.equal(facts[::2], carried[::2]) and torch.equal(facts[1], read[1]) and not torch.equal(read[1], carried[1])
+    assert torch.equal(pictures[1], wise.dynamics.drawn(state.facts, facts, state.game)[1])
+    blank = replace(state, facts=torch.full_like(state.facts, UNKNOWN))
+    assert torch.equal(wise.learn(blank, foreseen, key)[0], wise.dynamics.watch(torch.stack([state.tokens, foreseen], 1), key[:, None].expand(-1, 2), state.game, blank.facts)[:, 1])
 
 
 def test_facts_count_and_nobody_elses(wise):
