@@ -527,7 +527,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lwm_course.dynamics._Shows': ('dynamics.html#_shows', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Shows.commit': ('dynamics.html#_shows.commit', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Shows.drawn': ('dynamics.html#_shows.drawn', 'lwm_course/dynamics.py'),
-                                     'lwm_course.dynamics._Shows.learn': ('dynamics.html#_shows.learn', 'lwm_course/dynamics.py'),
+                                     'lwm_course.dynamics._Shows.heed': ('dynamics.html#_shows.heed', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Shows.remember': ('dynamics.html#_shows.remember', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Shows.show': ('dynamics.html#_shows.show', 'lwm_course/dynamics.py'),
                                      'lwm_course.dynamics._Starts': ('dynamics.html#_starts', 'lwm_course/dynamics.py'),

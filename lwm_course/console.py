@@ -537,17 +537,18 @@ class Console(_Draws):
                ) -> Tensor:      # (B, 2, facts), of the last two frames
         "Read a film by many guesses, of which those go on whose pictures fit what is seen."
         B, dice, each = len(tokens), torch.Generator().manual_seed(0), lambda x: x.repeat_interleave(guesses, 0)
+        first = guesses * torch.arange(B, device=tokens.device)     # guess of each player
         score, before, now = torch.zeros(B, guesses, device=tokens.device), each(facts), each(facts)
         even = ((torch.arange(guesses, device=tokens.device) + 0.5) / guesses).expand(B, -1).contiguous()
         for t in range(1, tokens.shape[1]):
             kept = torch.searchsorted((score / 4).softmax(1).cumsum(1), even).clamp_max(guesses - 1)     # a part of it: tokens beside one another err together
             kept[:, 0] = score.argmax(1)
-            before = now[(kept + guesses * torch.arange(B, device=tokens.device)[:, None]).flatten()]
+            before = now[(first[:, None] + kept).flatten()]
             luck = -torch.empty(guesses, len(self.value_bias)).exponential_(generator=dice).log().to(tokens.device)      # the largest of logits + Gumbel noise is a draw from them
             luck[0], key, sight = 0, each(act[:, t]), each(self.glance(tokens[:, t], tokens[:, t - 1], reading))         # one takes what is likeliest
             now = self.after(before, key, self.best(self.logits(before, key, sight).float() + luck.repeat(B, 1))[0])
             if t > 1: score = (self.fit(before, now, each(tokens[:, t])) - self.nats(before, key, now) / 2).view(B, guesses)
-        best = score.argmax(1) + guesses * torch.arange(B, device=tokens.device)
+        best = first + score.argmax(1)
         return torch.stack([before[best], now[best]], 1)
 
 

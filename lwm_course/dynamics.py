@@ -509,11 +509,11 @@ class _Shows(_Refines):
     def commit(self, state: PlayState, tokens: Tensor, action: Tensor, pixels: Tensor) -> PlayState:
         "Remember that `tokens` (B, h, w), shown as `pixels`, followed when `action` was held."
         onward = self.dynamics.onward(moved := self.came(pixels, state.pixels, tokens != state.tokens), tokens)
-        facts, drawn = self.learn(state, tokens, action)
+        facts, drawn = self.heed(state, tokens, action)
         memory, features, active = self.remember(state, tokens, moved, onward, action)
         return replace(state, memory=memory, features=features, active=active, tokens=tokens, onward=onward, pixels=pixels, frame=state.frame + 1, facts=facts, drawn=drawn)
 
-    def learn(self, state: PlayState, tokens: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:   # as of `commit` -> (B, facts), (B, h, w), as in `PlayState`
+    def heed(self, state: PlayState, tokens: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:   # as of `commit` -> (B, facts), (B, h, w), as in `PlayState`
         "What a frame tells the memory. Where all is known, and looks as was foreseen, nothing new, and the memory goes on by rule; else the frame is read."
         foreseen = self.dynamics.carry(state.facts, action, state.game)
         drawn = self.dynamics.drawn(state.facts, foreseen, state.game)

@@ -299,13 +299,13 @@ def test_a_frame_is_read_only_where_it_tells_something(wise):
     other = foreseen.clone()
     other[1][said[1]] = (other[1][said[1]] + 1) % wise.dynamics.config.codebook      # the second player sees something else
     read = wise.dynamics.watch(torch.stack([state.tokens, other], 1), key[:, None].expand(-1, 2), state.game, state.facts)[:, 1]
-    facts, pictures = wise.learn(state, foreseen, key)
+    facts, pictures = wise.heed(state, foreseen, key)
     assert torch.equal(facts, carried) and torch.equal(pictures, drawn)
-    facts, pictures = wise.learn(state, other, key)
+    facts, pictures = wise.heed(state, other, key)
     assert torch.equal(facts[::2], carried[::2]) and torch.equal(facts[1], read[1]) and not torch.equal(read[1], carried[1])
     assert torch.equal(pictures[1], wise.dynamics.drawn(state.facts, facts, state.game)[1])
     blank = replace(state, facts=torch.full_like(state.facts, UNKNOWN))
-    assert torch.equal(wise.learn(blank, foreseen, key)[0], wise.dynamics.watch(torch.stack([state.tokens, foreseen], 1), key[:, None].expand(-1, 2), state.game, blank.facts)[:, 1])
+    assert torch.equal(wise.heed(blank, foreseen, key)[0], wise.dynamics.watch(torch.stack([state.tokens, foreseen], 1), key[:, None].expand(-1, 2), state.game, blank.facts)[:, 1])
 
 
 def test_facts_count_and_nobody_elses(wise):
@@ -916,6 +916,19 @@ def test_shipped_model_plays_every_game_in_one_batch(nano):
     assert shown.shape == (len(nano.games), *nano.frame_size, 3)
     for before, now in zip(frames[:, -1], shown.cpu().numpy()):     # the same game, still: most of the picture stands
         assert (before == now).all(-1).mean() > 0.6
+
+
+@pytest.mark.parametrize("game, ball", [(PONG, (49, 54)), ("ALE/Breakout-v5", (99, 101))])
+def test_shipped_model_stays_with_the_real_game_for_a_second(nano, game, ball):
+    "Where a memory is followed: of the real game's ball it has seen eight frames of, it knows where that is after fifteen more, mostly."
+    episodes = [nano.clip_episode(game, i) for i in range(len(nano.clip_names(game)))]
+    starts = [(e, t) for e in episodes for t in range(0, len(e.frames) - 22, 16)]
+    frames, keys = (np.stack([part(e)[t:t + n] for e, t in starts]) for part, n in ((lambda e: data.resize(e.frames, nano.frame_size[0]), 8), (lambda e: e.actions, 22)))
+    state, place = nano.start(frames, keys[:, :7], game), [nano.dynamics.consoles[nano.game_index(game)].facts.address.tolist().index(byte) for byte in ball]
+    for t in range(15): _, state = nano.step(state, keys[:, 7 + t])
+    true = np.stack([e.ram[t + 22, list(ball)] for e, t in starts]).astype(int)
+    near = (np.abs(state.facts[:, place].numpy() - true) <= 4).all(1)
+    assert len(starts) >= 20 and near.mean() > 0.5, near.mean()
 
 
 @pytest.mark.parametrize("quantizer", ["none", "open"])
