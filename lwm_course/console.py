@@ -518,7 +518,6 @@ class _Draws(_Reads):
 GUESSES = 16    # memories that are tried side by side when play begins
 FAR = 5.0       # nats: no token counts more against a memory
 
-
 class Console(_Draws):
     "The memory behind the picture: read from frames, carried on by rule, and drawn."
     def fit(self, before: Tensor, now: Tensor,   # (F, facts), as of `scene`

@@ -490,9 +490,31 @@ class _Refines(_Waits):
         near = F.max_pool2d((tokens != state.tokens)[:, None].float(), 5, 1, 2)[:, 0] > 0       # there the clock starts anew
         return tokens, torch.where(open_, by, shift), due.masked_fill(near, 0)
 
+# %% ../nbs/07_dynamics.ipynb #8560eac5
+class _Heeds(_Refines):
+    "How a frame is remembered."
+    def heed(self, state: PlayState, tokens: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:   # as of `commit` -> (B, facts), (B, h, w), as in `PlayState`
+        "What a frame tells the memory. Where all is known, and looks as was foreseen, nothing new, and the memory goes on by rule; else the frame is read."
+        foreseen = self.dynamics.carry(state.facts, action, state.game)
+        drawn = self.dynamics.drawn(state.facts, foreseen, state.game)
+        mistaken, unknown = (drawn != tokens) & (drawn != self.dynamics.mask), foreseen[:, :-HELD] == UNKNOWN
+        if (new := mistaken.flatten(1).any(1) | unknown.any(1)).any():
+            before, now = state.facts[new], torch.stack([state.tokens, tokens], 1)[new]
+            foreseen[new] = self.dynamics.watch(now, action[new, None].expand(-1, 2), state.game[new], before)[:, 1]
+            drawn[new] = self.dynamics.drawn(before, foreseen[new], state.game[new])
+        return foreseen, drawn
+
+    def remember(self, state: PlayState, tokens: Tensor, moved: Tensor, onward: Tensor,   # (B, h, w) each
+                 action: Tensor                           # (B,)
+                 ) -> tuple[Memory, Tensor, Tensor]:      # and features, active, as in `PlayState`
+        "Read a frame into the trunk's memory."
+        features, active, _, memory = self.dynamics.look(*(x[:, None] for x in (tokens, moved, onward, action)), state.game, state.memory)
+        return memory, features[:, 0], active[:, 0]
+
+
 # %% ../nbs/07_dynamics.ipynb #8560eac3
-class _Shows(_Refines):
-    "How a frame is shown, and remembered."
+class _Shows(_Heeds):
+    "How a frame is shown, and committed to memory."
     @torch.inference_mode()
     def show(self, state: PlayState, tokens: Tensor, by: Tensor | None = None) -> Tensor:  # uint8 (B, H, W, 3)
         "The next frame: a token that stays keeps its pixels, a shift brings its own, so what was real stays real; the others are decoded."
@@ -513,23 +535,6 @@ class _Shows(_Refines):
         memory, features, active = self.remember(state, tokens, moved, onward, action)
         return replace(state, memory=memory, features=features, active=active, tokens=tokens, onward=onward, pixels=pixels, frame=state.frame + 1, facts=facts, drawn=drawn)
 
-    def heed(self, state: PlayState, tokens: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:   # as of `commit` -> (B, facts), (B, h, w), as in `PlayState`
-        "What a frame tells the memory. Where all is known, and looks as was foreseen, nothing new, and the memory goes on by rule; else the frame is read."
-        foreseen = self.dynamics.carry(state.facts, action, state.game)
-        drawn = self.dynamics.drawn(state.facts, foreseen, state.game)
-        mistaken, unknown = (drawn != tokens) & (drawn != self.dynamics.mask), foreseen[:, :-HELD] == UNKNOWN
-        if (new := mistaken.flatten(1).any(1) | unknown.any(1)).any():
-            before, now = state.facts[new], torch.stack([state.tokens, tokens], 1)[new]
-            foreseen[new] = self.dynamics.watch(now, action[new, None].expand(-1, 2), state.game[new], before)[:, 1]
-            drawn[new] = self.dynamics.drawn(before, foreseen[new], state.game[new])
-        return foreseen, drawn
-
-    def remember(self, state: PlayState, tokens: Tensor, moved: Tensor, onward: Tensor,   # (B, h, w) each
-                 action: Tensor                           # (B,)
-                 ) -> tuple[Memory, Tensor, Tensor]:      # and features, active, as in `PlayState`
-        "Read a frame into the trunk's memory."
-        features, active, _, memory = self.dynamics.look(*(x[:, None] for x in (tokens, moved, onward, action)), state.game, state.memory)
-        return memory, features[:, 0], active[:, 0]
 
 # %% ../nbs/07_dynamics.ipynb #8560eac4
 class _Plays(_Shows):
