@@ -29,6 +29,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lwm_course.console.Program.foresee': ('console.html#program.foresee', 'lwm_course/console.py'),
                                     'lwm_course.console.Screen': ('console.html#screen', 'lwm_course/console.py'),
                                     'lwm_course.console.Screen.__init__': ('console.html#screen.__init__', 'lwm_course/console.py'),
+                                    'lwm_course.console.Screen.everywhere': ('console.html#screen.everywhere', 'lwm_course/console.py'),
                                     'lwm_course.console.Screen.forward': ('console.html#screen.forward', 'lwm_course/console.py'),
                                     'lwm_course.console.Screen.numbers': ('console.html#screen.numbers', 'lwm_course/console.py'),
                                     'lwm_course.console.Silence': ('console.html#silence', 'lwm_course/console.py'),

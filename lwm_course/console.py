@@ -269,11 +269,12 @@ def _grown(asked: np.ndarray,   # (N, questions of single facts) float32
         return max(right), (which := max(range(len(bases)), key=lambda i: (right[i], i))), trees[which]
     score, which, tree = best_of(asked)
     columns = np.arange(asked.shape[1])
-    often = tree.feature_importances_[:2 * facts].reshape(2, -1).sum(0)
-    often[own] = often.sum() + 1
-    pairs = np.array(list(itertools.combinations(sorted(np.argsort(-often[:-HELD], kind="stable")[:near]), 2)))      # keys are near to nothing
-    wider = np.hstack([asked, Program.apart(*(now[:, part] for part in pairs.T)).astype(np.float32)])
-    if score < 1 and (other := best_of(wider))[0] > score: (_, which, _), asked, columns = other, wider, np.append(columns, len(columns) + pairs @ [facts, 1])
+    if score < 1:
+        often = tree.feature_importances_[:2 * facts].reshape(2, -1).sum(0)
+        often[own] = often.sum() + 1
+        pairs = np.array(list(itertools.combinations(sorted(np.argsort(-often[:-HELD], kind="stable")[:near]), 2)))      # keys are near to nothing
+        wider = np.hstack([asked, Program.apart(*(now[:, part] for part in pairs.T)).astype(np.float32)])
+        if (other := best_of(wider))[0] > score: (_, which, _), asked, columns = other, wider, np.append(columns, len(columns) + pairs @ [facts, 1])
     used = np.union1d(0, np.flatnonzero(grow(asked[some], answers[which][some]).feature_importances_))      # of all examples nothing else is asked: it takes a fifth of the time
     return bases[which], grow(np.ascontiguousarray(asked[:, used]), answers[which]), columns[used]
 
@@ -374,7 +375,7 @@ class _Carries(_Thinks):
     def best(self, score: Tensor     # (B, values)
              ) -> tuple[Tensor, Tensor]:   # (B, n) each
         "Of each fact the value of the highest score, and this score."
-        t, fact = self.facts.table(), self.facts.table().fact.expand(len(score), -1)
+        fact = (t := self.facts.table()).fact.expand(len(score), -1)
         most = score.new_full((len(score), t.n), -math.inf).scatter_reduce_(1, fact, score, "amax")
         best = torch.where(score == most.gather(1, fact), t.number, 0)
         return best.new_zeros(most.shape).scatter_reduce_(1, fact, best, "amax"), most
@@ -474,6 +475,11 @@ class Screen(nn.Module):
         (rows, columns), (frame, y, x) = self.lines(code).unbind(1), some.nonzero().unbind(1)
         return F.silu(rows[frame, y] + columns[frame, x])
 
+    def everywhere(self, code: Tensor) -> Tensor:   # as of `forward` -> (F, grid, grid, draw)
+        "What is said of all places."
+        every = torch.ones(len(code), *self.lines[-1].unflattened_size[1:2] * 2, dtype=torch.bool, device=code.device)
+        return self(code, every).view(*every.shape, -1)
+
     def numbers(self, tokens: Tensor) -> Tensor:   # (n,) -> (n,)
         "Which of the tokens that are shown these are; -100, as in `F.cross_entropy`: none."
         place = torch.searchsorted(self.shown, tokens).clamp_max(len(self.shown) - 1)
@@ -501,7 +507,7 @@ class _Draws(_Reads):
     def draw(self, before: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:   # as of `scene` -> (F, grid, grid), bool
         "The picture of a memory, and of which tokens it is certain. A name is asked for only where a place may not look as usual."
         tokens = self.usual.expand(len(now), -1, -1).clone()
-        said = self.screen(self.scene(before, now), torch.ones_like(tokens, dtype=torch.bool)).view(*tokens.shape, -1)
+        said = self.screen.everywhere(self.scene(before, now))
         odd = self.screen.odd(said)[..., 0].float()
         certain = odd.sigmoid() < 1 - CERTAIN
         some = ~certain
@@ -524,7 +530,7 @@ class Console(_Draws):
             tokens: Tensor       # (F, grid, grid)
             ) -> Tensor:         # (F,)
         "How well a picture fits a memory, in nats."
-        said = self.screen(self.scene(before, now), torch.ones_like(tokens, dtype=torch.bool)).view(*tokens.shape, -1)
+        said = self.screen.everywhere(self.scene(before, now))
         there, odd = tokens != self.usual, self.screen.odd(said)[..., 0].float()
         fit = F.logsigmoid(torch.where(there, odd, -odd))
         number, chance = self.screen.numbers(tokens[there]), self.screen.name(said[there]).float().log_softmax(-1)
